@@ -1,0 +1,61 @@
+"""The kernel interface that the model calls; picks the implementation that serves the given tensors.
+
+Owns the choice and the argument checks; owns no arithmetic. Tensors are `[b, s, h, d]`, keys in global order,
+and which of them a query sees is told by `RowRange` alone. Axes: b batch, s sequence (sq queries, sk keys),
+h query heads, g KV heads, d head dim, k selected.
+"""
+
+from torch import Tensor
+
+from megatron_clsa.kernels import streaming_kd as _kd
+from megatron_clsa.kernels import window as _window
+from megatron_clsa.kernels.rows import RowRange
+from megatron_clsa.kernels.streaming_attention import streaming_attention
+from megatron_clsa.kernels.streaming_topk import streaming_topk
+
+
+def topk_index(q_idx: Tensor, k_idx: Tensor, rows: RowRange, k: int) -> Tensor:
+    """`[b, sq, k]` int32: the k visible keys with the largest `q_idx [b, sq, di] . k_idx [b, sk, di]`.
+
+    Scores are compared in fp32, ties go to the smaller position, positions ascend, -1 fills rows that see
+    fewer than k keys. No gradient.
+    """
+    return streaming_topk(q_idx, k_idx, rows, k)
+
+
+def dense_attention(query, key, value, rows: RowRange, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over all visible keys: `(out [b, sq, h, d], lse [b, h, sq])`, lse in natural log."""
+    return streaming_attention(query, key, value, rows, scale)
+
+
+def build_plan(index: Tensor, rows: RowRange, num_keys: int) -> None:
+    """What sparse attention derives from an index, once a microbatch; the plain-torch path needs nothing."""
+    return None
+
+
+def sparse_attention(
+    query, key, value, index, rows: RowRange, scale: float, plan=None
+) -> tuple[Tensor, Tensor]:
+    """Attention over `index [b, sq, k]` (-1 ignored): `(out [b, sq, h, d], lse [b, h, sq])`."""
+    return streaming_attention(query, key, value, rows, scale, index)
+
+
+def window_attention(query, key, value, rows: RowRange, window: int, scale: float) -> Tensor:
+    """Attention over at most `window` keys a row; `rows.start` already includes the window."""
+    return _window.window_attention(query, key, value, rows, window, scale)
+
+
+def attention_kd(
+    query, key, lse, q_idx, k_idx, rows: RowRange, index: Tensor | None, scale: float, index_scale: float
+) -> Tensor:
+    """`ce [b, sq]`: cross-entropy of the indexer's softmax against each local head's attention, summed.
+
+    Without an index both softmaxes run over all visible keys (`lse` of dense attention); with one, over the
+    selected keys (`lse` of sparse attention). Gradient flows to q_idx and k_idx only.
+    """
+    return _kd.streaming_kd(query, key, lse, q_idx, k_idx, rows, index, scale, index_scale)
+
+
+def attention_mass(query, key, lse, rows: RowRange, sampled: Tensor, scale: float) -> Tensor:
+    """`[b, r, sk]`: dense attention probability summed over the local heads, rows `sampled [b, r]`."""
+    return _kd.attention_mass(query, key, lse, rows, sampled, scale)

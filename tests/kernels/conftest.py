@@ -1,0 +1,13 @@
+"""Poisons fresh memory, so that a kernel that leaves an element unwritten is caught. Owns nothing else."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty():
+    """`torch.empty` returns NaN in floating tensors while a kernel test runs."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
