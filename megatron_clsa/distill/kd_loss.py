@@ -1,0 +1,71 @@
+"""The distillation loss: the index learns the consensus of the cross-decoder's dense attention.
+
+`L_KD = mean_t KL(stopgrad(Abar_t) || softmax(I_t))`, `Abar` the mean over layers and heads. Its gradient
+`softmax(I) - Abar` is linear in `Abar`, so every layer, head shard, pipeline stage and context shard adds
+its own part. Owns the scaling and how that part joins the backward pass; the streaming kernels are in
+`kernels/attention_kd.py`. Reported is the cross-entropy; the KL's entropy term does not decompose.
+"""
+
+import torch
+from torch import Tensor
+
+
+class _CarryLoss(torch.autograd.Function):
+    """`main, loss -> main`; backward hands `scale` to the loss, whatever reaches `main`."""
+
+    @staticmethod
+    def forward(ctx, main: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.shape = scale, loss.shape
+        return main.view_as(main)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, torch.full(ctx.shape, ctx.scale, dtype=torch.float32, device=grad.device), None
+
+
+class _Touch(torch.autograd.Function):
+    """`main, other -> main`; backward gives `other` a zero gradient, so that its own graph is run."""
+
+    @staticmethod
+    def forward(ctx, main: Tensor, other: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = other.shape, other.dtype
+        return main.view_as(main)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
+
+
+def touch(main: Tensor, other: Tensor) -> Tensor:
+    """Make backward through `main` also run the graph of `other`, with a zero gradient."""
+    return _Touch.apply(main, other)
+
+
+def attach_kd_loss(carrier: Tensor, kd_sum: Tensor, config) -> Tensor:
+    """Let `kd_sum` join the backward pass that runs through `carrier`.
+
+    The carrier is a zero tensor that travels beside the hidden states; a loss hung on the hidden states
+    themselves would force a backward through the frozen backbone when only the indexer trains.
+
+    Args:
+        carrier: any float tensor on the way to the loss.
+        kd_sum: scalar, this stage's sum over rows of the cross-entropy (mean over layers and heads).
+    """
+    # Schedules divide gradients by the batch's token count, so a sum over rows needs the loss scale only.
+    scale = config.kd_loss_coeff
+    if config.grad_scale_func is not None:
+        scale *= float(config.grad_scale_func(torch.ones((), device=kd_sum.device)))
+    return _CarryLoss.apply(carrier, kd_sum, scale)
+
+
+def kd_sum_over_rows(rows_ce: Tensor, loss_rows: Tensor, config) -> Tensor:
+    """Sum of one layer's part over the counted rows.
+
+    Args:
+        rows_ce: `[b, s]` fp32, cross-entropy summed over this rank's heads (`kernels.dispatch.attention_kd`).
+        loss_rows: `[b, s]` bool.
+    Returns:
+        Scalar, already divided by layers x heads, so that parts add up to the mean over both.
+    """
+    normaliser = config.num_cross_decoder_layers * config.num_attention_heads
+    return rows_ce.masked_fill(~loss_rows, 0.0).sum() / normaliser
