@@ -1,7 +1,8 @@
 """Core attention of the self-decoder: a causal sliding window, cut at document starts.
 
-Owns the layout (context-parallel chunks and their halo), not the attention itself, which is the kernels'. `attention_mask` carries the visible rows as `[2, b, s/cp]` int32 (start, end): a tensor,
-so that megatron-core's selective recompute can save it.
+Owns the layout (context-parallel chunks and their halo), not the attention itself, which is the kernels'.
+`attention_mask` carries the visible rows as `[2, b, s/cp]` int32 (start, end): a tensor, so that
+megatron-core's selective recompute can save it.
 """
 
 import torch
