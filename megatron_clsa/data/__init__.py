@@ -1,0 +1,4 @@
+"""Text to tokens to batches: tokenizers, preprocessing, the checks of both, and the dataset provider.
+
+Owns no dataset class: reading, blending, shuffling and splitting are Megatron's. Import the modules.
+"""
