@@ -2,3 +2,6 @@
 
 Owns no dataset class: reading, blending, shuffling and splitting are Megatron's. Import the modules.
 """
+
+# Before any module of this package imports megatron-core, which binds torch.cuda's names.
+import megatron_clsa.parallel.cpu  # noqa: F401

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy
 from megatron.core.datasets.indexed_dataset import DType
 
-import megatron_clsa.parallel.cpu  # noqa: F401
 from megatron_clsa.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"

@@ -19,7 +19,6 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
-import megatron_clsa.parallel.cpu  # noqa: F401
 from megatron_clsa.data.indexed import fingerprint
 from megatron_clsa.data.validation import blends_of, prefixes_of
 

@@ -17,7 +17,6 @@ from megatron.core.tokenizers.utils.build_tokenizer import (
 )
 from megatron.training.config import TokenizerConfig
 
-import megatron_clsa.parallel.cpu  # noqa: F401
 from megatron_clsa.data.indexed import sha256_of
 from megatron_clsa.errors import UserError
 

@@ -15,7 +15,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
-import megatron_clsa.parallel.cpu  # noqa: F401
 from megatron_clsa.data.indexed import IndexHead, check_pair, read_manifest
 from megatron_clsa.data.tokenizer import tokenizer_digest
 from megatron_clsa.errors import UserError
