@@ -37,7 +37,7 @@ class PlainCLSA:
         return rms(x, self.w[name], self.c.layernorm_epsilon)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """q `[s, h, d]`, k, v `[s, g, d]`, keep `[s, s]` -> output `[s, h * d]`, probabilities `[h, s, s]`."""
+        """q `[s, h, d]`, k, v `[s, g, d]`, keep `[s, s]` -> out `[s, h * d]`, probabilities `[h, s, s]`."""
         repeat = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         p = softmax_over(torch.einsum("shd,thd->hst", q, k) / math.sqrt(q.size(-1)), keep)
