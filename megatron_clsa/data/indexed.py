@@ -7,6 +7,7 @@ and byte offset (int64), then per document its first sequence (int64). A sequenc
 
 import hashlib
 import json
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def file_of(prefix: str | Path, suffix: str) -> Path:
 
 def manifest_path(prefix: str | Path) -> Path:
     """Where preprocessing leaves what it made: counts, tokenizer, checksums."""
-    return file_of(prefix, ".json")
+    return file_of(prefix, ".manifest.json")
 
 
 def read_manifest(prefix: str | Path) -> dict | None:
@@ -137,3 +138,17 @@ def fingerprint(prefixes: list[str]) -> str:
             file.seek(max(0, index.stat().st_size - _EDGE))
             digest.update(file.read(_EDGE))
     return digest.hexdigest()[:16]
+
+
+def write_index(path: Path, dtype: type[numpy.number], lengths: numpy.ndarray) -> None:
+    """Write an .idx of one sequence a document. Megatron's writer loops in Python over every document."""
+    offsets = numpy.zeros(len(lengths), dtype=numpy.int64)
+    numpy.cumsum(lengths[:-1], out=offsets[1:], dtype=numpy.int64)
+    with path.open("wb") as file:
+        code = DType.code_from_dtype(dtype)
+        file.write(_HEAD.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        file.write(lengths.astype(numpy.int32).tobytes())
+        file.write((offsets * DType.size(dtype)).tobytes())
+        file.write(numpy.arange(len(lengths) + 1, dtype=numpy.int64).tobytes())
+        file.flush()
+        os.fsync(file.fileno())

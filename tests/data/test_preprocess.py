@@ -1,0 +1,229 @@
+"""Text to indexed data and back; what a kill leaves behind; what bad input says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from megatron_clsa.data.corpus import write_standard_library
+from megatron_clsa.data.indexed import read_manifest, verify_checksums, write_index
+from megatron_clsa.data.preprocess import Job, preprocess
+from megatron_clsa.data.tokenizer import load_tokenizer_of, train_sentencepiece
+from megatron_clsa.data.validation import validate_data
+from megatron_clsa.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"def f{i}(x):\n\treturn  x + {i}  # größer ☃\n" for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_sentencepiece(TEXTS, path, vocab_size=320)
+    return str(path)
+
+
+def _jsonl(path: Path, texts=TEXTS) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def _job(tmp_path, model, **others) -> Job:
+    defaults = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model, part_bytes=1000)
+    return Job(output_prefix=str(tmp_path / "out"), **(defaults | others))
+
+
+def _texts_of(prefix: str, model: str) -> list[str]:
+    tokenizer = load_tokenizer_of("SentencePieceTokenizer", model)
+    data = IndexedDataset(prefix)
+    documents = [data[i].tolist() for i in range(len(data))]
+    assert all(ids[-1] == tokenizer.eod and tokenizer.eod not in ids[:-1] for ids in documents)
+    return [tokenizer.detokenize(ids[:-1]) for ids in documents]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_text_survives_the_round_trip(tmp_path, model, workers):
+    made = preprocess(_job(tmp_path, model), [_jsonl(tmp_path / "in.jsonl")], workers)
+    assert _texts_of(str(tmp_path / "out"), model) == TEXTS
+    assert made["documents"] == len(TEXTS)
+    validate_data([str(tmp_path / "out")], load_tokenizer_of("SentencePieceTokenizer", model))
+    assert verify_checksums(str(tmp_path / "out")) == made
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_parts_of_any_size_give_the_same_bytes(tmp_path, model):
+    source = _jsonl(tmp_path / "in.jsonl")
+    found = set()
+    for size in (1, 37, 64, 5000, 1 << 20):
+        preprocess(_job(tmp_path, model, part_bytes=size), [source], 1, overwrite=True)
+        found.add((tmp_path / "out.bin").read_bytes() + (tmp_path / "out.idx").read_bytes())
+    assert len(found) == 1
+
+
+def test_a_folder_of_text_files_is_a_document_each(tmp_path, model):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name, text in (("b.txt", "second"), ("a.py", "first\n"), ("deep/c", "third")):
+        (tmp_path / "in" / name).write_text(text)
+    preprocess(_job(tmp_path, model), [str(tmp_path / "in")], 2)
+    assert _texts_of(str(tmp_path / "out"), model) == ["first\n", "second", "third"]
+
+
+def test_the_index_is_byte_for_byte_megatrons(tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=numpy.uint16)
+    lengths = [3, 1, 7]
+    for length in lengths:
+        builder.add_item(torch.ones(length))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "m.idx"))
+    write_index(tmp_path / "ours.idx", numpy.uint16, numpy.array(lengths))
+    assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "m.idx").read_bytes()
+
+
+def _command(tmp_path, *arguments: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "tools/preprocess_data.py"),
+        "--output-prefix",
+        str(tmp_path / "out"),
+        *arguments,
+    ]
+
+
+def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(tmp_path, model):
+    source = _jsonl(tmp_path / "in.jsonl", [text * 40 for text in TEXTS])
+    driver = (
+        "import sys, time; from megatron_clsa.data import preprocess as p; run = p._run_part;"
+        "p._run_part = lambda *a: (time.sleep(0.05), run(*a))[1];"
+        f"job = p.Job({str(tmp_path / 'out')!r}, 'SentencePieceTokenizer', {model!r}, part_bytes=9000);"
+        f"p.preprocess(job, [{source!r}], 1)"
+    )
+    started = subprocess.Popen([sys.executable, "-c", driver], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    parts = tmp_path / "out.parts"
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob("*[0-9].json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("*[0-9].json")}
+    assert len(done) >= 3
+    with pytest.raises(UserError, match="no dataset at"):
+        validate_data([str(tmp_path / "out")])
+    log = (tmp_path / "log").open("w+")
+    preprocess(_job(tmp_path, model, part_bytes=9000), [source], 1, log=log)
+    log.seek(0)
+    assert log.read().startswith(f"going on: {len(done)} of ")
+    assert _texts_of(str(tmp_path / "out"), model) == [text * 40 for text in TEXTS]
+
+
+def test_parts_made_otherwise_are_not_reused(tmp_path, model):
+    source = tmp_path / "in.jsonl"
+    _jsonl(source, ["one", "two"])
+    with source.open("a") as file:
+        file.write("{\n")
+    with pytest.raises(UserError):
+        preprocess(_job(tmp_path, model, part_bytes=10), [str(source)], 1)
+    _jsonl(source, ["three", "four"])
+    preprocess(_job(tmp_path, model, part_bytes=10), [str(source)], 1)
+    assert _texts_of(str(tmp_path / "out"), model) == ["three", "four"]
+
+
+def test_bad_lines_are_counted_and_the_first_is_named(tmp_path, model):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a"}\n\nnot json\n{"other": 1}\n[]\n{"text": 3}\n{"text": ""}\n{"text": "b"}')
+    made = preprocess(_job(tmp_path, model, skip_bad_lines=True, part_bytes=7), [str(source)], 2)
+    assert (made["documents"], made["bad"], made["empty"]) == (2, 4, 1)
+    assert made["first_bad"].startswith(f"{source}:3: not JSON")
+    assert _texts_of(str(tmp_path / "out"), model) == ["a", "b"]
+
+
+BAD = {
+    "missing": ("nothing.jsonl", None, "--input .*nothing.jsonl does not exist"),
+    "empty": ("in.jsonl", "", "in.jsonl is empty"),
+    "not json": ("in.jsonl", '{"text": "a"}\n{"text": \n', r"in.jsonl:2: not JSON .* --skip-bad-lines"),
+    "no key": ("in.jsonl", '{"content": "a"}\n', r"in.jsonl:1: no key 'text' \(its keys: content\)"),
+    "no text": ("in.jsonl", '{"text": ""}\n', "no usable document"),
+    "not utf-8": ("in.txt", b"\xff", r"in.txt is not UTF-8 text \(byte 0\)"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", BAD.values(), ids=BAD)
+def test_bad_input_is_named(tmp_path, model, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        preprocess(_job(tmp_path, model), [str(tmp_path / name)], 1)
+
+
+def test_bad_tokenizers_are_named(tmp_path, model):
+    source = _jsonl(tmp_path / "in.jsonl")
+    (tmp_path / "junk.model").write_text("junk")
+    for kind, path, message in (
+        ("SentencePieceTokenizer", "nothing.model", "nothing.model does not exist"),
+        ("SentencePieceTokenizer", str(tmp_path / "junk.model"), "junk.model is not a SentencePiece model"),
+        ("SentencePieceTokenizer", str(tmp_path), "is a folder, SentencePieceTokenizer needs a file"),
+        ("HuggingFaceTokenizer", model, "is not a Hugging Face tokenizer folder"),
+        ("WordTokenizer", model, "--tokenizer-type WordTokenizer is not known"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preprocess(_job(tmp_path, path, tokenizer_type=kind), [source], 1)
+
+
+def test_the_command_ends_with_one_line_and_code_2(tmp_path, model):
+    (tmp_path / "in.jsonl").write_text("{\n")
+    command = _command(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--tokenizer-model", model)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    errors = [line for line in result.stderr.splitlines() if "cpp_extension" not in line]
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(errors) == 1 and errors[0].startswith(f"error: {tmp_path}/in.jsonl:1: not JSON")
+
+
+def test_a_full_disk_is_said_so_and_leaves_nothing_that_loads(tmp_path, model, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(numpy, "save", full)
+    with pytest.raises(UserError, match=r"the disk is full.*finished parts are kept"):
+        preprocess(_job(tmp_path, model), [_jsonl(tmp_path / "in.jsonl")], 1)
+    assert not (tmp_path / "out.idx").exists()
+
+
+def test_an_existing_dataset_is_not_replaced_unasked(tmp_path, model):
+    source = _jsonl(tmp_path / "in.jsonl")
+    preprocess(_job(tmp_path, model), [source], 1)
+    with pytest.raises(UserError, match="--overwrite"):
+        preprocess(_job(tmp_path, model), [source], 1)
+
+
+def test_a_flipped_bit_fails_its_checksum(tmp_path, model):
+    preprocess(_job(tmp_path, model), [_jsonl(tmp_path / "in.jsonl")], 1)
+    raw = bytearray((tmp_path / "out.bin").read_bytes())
+    raw[100] ^= 1
+    (tmp_path / "out.bin").write_bytes(raw)
+    with pytest.raises(UserError, match=r"out.bin does not match its checksum"):
+        verify_checksums(str(tmp_path / "out"))
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path, model):
+    preprocess(_job(tmp_path, model), [_jsonl(tmp_path / "in.jsonl")], 1)
+    other = tmp_path / "other.model"
+    train_sentencepiece(TEXTS, other, vocab_size=325)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        validate_data([str(tmp_path / "out")], load_tokenizer_of("SentencePieceTokenizer", other))
+    assert read_manifest(tmp_path / "out")["vocab_size"] == 320
+
+
+def test_the_standard_library_corpus_is_deterministic_and_limited(tmp_path):
+    for name in ("a", "b"):
+        assert write_standard_library(tmp_path / name, max_bytes=200_000) > 5
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    texts = [json.loads(line)["text"] for line in (tmp_path / "a").open()]
+    assert 100_000 < sum(map(len, texts)) <= 200_000
