@@ -91,8 +91,8 @@ def get_batch(data_iterator, vp_stage: int | None = None) -> dict[str, torch.Ten
     """The next microbatch of this rank: `BATCH_KEYS` to `[b, s/cp]` tensors, or to None where not needed.
 
     TP rank 0 reads and broadcasts; CP ranks keep their two zigzag chunks. The first pipeline stage gets
-    tokens and position_ids, the last labels and loss_mask, one stage alone all four, the stages between
-    none: they learn the document starts from the pipeline packet.
+    tokens, position_ids and loss_mask, the last labels and loss_mask, one stage alone all four, the stages
+    between none: they learn document starts and counted rows from the pipeline packet.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
@@ -100,7 +100,10 @@ def get_batch(data_iterator, vp_stage: int | None = None) -> dict[str, torch.Ten
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
         batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS} | dict.fromkeys(_UNUSED_KEYS)
+    mask = batch["loss_mask"] if batch else None
     batch = _broadcast(batch, vp_stage)
+    if batch["loss_mask"] is None:  # Megatron's first stage has no use for it; the distillation loss does
+        batch["loss_mask"] = _broadcast_mask(mask, batch["tokens"])
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     return {key: batch[key] for key in BATCH_KEYS}
 
@@ -125,3 +128,13 @@ def _broadcast(batch: dict | None, vp_stage: int | None) -> dict:
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(**virtual),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(**virtual),
     )
+
+
+def _broadcast_mask(mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """`[b, s]` loss mask of TP rank 0 on every TP rank of the first pipeline stage."""
+    if mask is None:
+        mask = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+    group = mpu.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        torch.distributed.broadcast(mask, mpu.get_tensor_model_parallel_src_rank(), group=group)
+    return mask

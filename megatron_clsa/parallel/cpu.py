@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import types
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -163,6 +164,38 @@ def patch_training():
         training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     # The wheel ships the compiled dataset helpers without the Makefile that pretrain insists on running.
     datasets.compile_helpers = lambda: None
+
+
+def wrap_training(name: str, around: Callable | None):
+    """Call `around(original, ...)` in place of a function of `megatron.training.training`; None undoes it.
+
+    Two have no hook upstream: `training_log`, the one place that sees every figure of a step, and
+    `load_checkpoint`, which cannot keep the optimizer's moments and restart the schedule.
+    """
+    training = import_module("megatron.training.training")
+    original = getattr(getattr(training, name), "original", getattr(training, name))
+    if around is None:
+        setattr(training, name, original)
+        return
+    wrapped = functools.partial(around, original)
+    wrapped.original = original
+    setattr(training, name, wrapped)
+
+
+@contextlib.contextmanager
+def param_groups_of_any_schedule():
+    """Optimizer groups are matched to a checkpoint's by peak rate too, which differs between phases."""
+    modules = [
+        import_module(f"megatron.core.optimizer.{name}") for name in ("optimizer", "distrib_optimizer")
+    ]
+    keys = modules[0].param_group_identifier_keys
+    for module in modules:
+        module.param_group_identifier_keys = tuple(key for key in keys if key not in ("max_lr", "min_lr"))
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.param_group_identifier_keys = keys
 
 
 def _install():

@@ -1,0 +1,1 @@
+"""Runs the phases of a recipe through `megatron.training.pretrain`: flags, steps, metrics, checkpoints."""

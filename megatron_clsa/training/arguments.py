@@ -1,0 +1,199 @@
+"""The command line: Megatron's own parser with the run's and CLSA's flags in front.
+
+Owns defaults and precedence (house defaults < platform < recipe < phase < command line). Checks of values
+against each other and against the machine are in validation.py.
+"""
+
+import argparse
+import dataclasses
+import os
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_clsa.config import CLSAConfig
+from megatron_clsa.errors import UserError
+from megatron_clsa.training.recipe import Phase, Recipe, flag_words, unknown_key
+
+# What every CLSA model is, and what its checkpoints need to load at another layout. In front of everything.
+HOUSE_DEFAULTS = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "disable_bias_linear": True,
+    "position_embedding_type": "rope",
+    "attention_dropout": 0,
+    "hidden_dropout": 0,
+    "calculate_per_token_loss": True,
+    "reset_position_ids": True,
+    "no_create_attention_mask_in_dataloader": True,
+    "no_masked_softmax_fusion": True,
+    "use_distributed_optimizer": True,
+    "ckpt_format": "torch_dist",
+    "dist_ckpt_optim_fully_reshardable": True,
+    "exit_signal_handler": True,
+    "eval_iters": 8,
+    "log_interval": 1,
+}
+WITHOUT_TE = {
+    "transformer_impl": "local",
+    "no_gradient_accumulation_fusion": True,
+    "no_rope_fusion": True,
+    "no_persist_layer_norm": True,
+}
+WITHOUT_GPU = {
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    "no_bias_dropout_fusion": True,
+    "no_bias_swiglu_fusion": True,
+}
+# Phases decide these, so that a run can be stopped and resumed anywhere.
+DECIDED_BY_RUN = {
+    "save": "--out",
+    "load": "--out, or --pretrained-checkpoint for the first phase's weights",
+    "finetune": "--pretrained-checkpoint",
+    "train_samples": "--train-iters",
+    "rampup_batch_size": "--global-batch-size",
+    "yaml_cfg": "--config",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad flag as a `UserError`: one line, instead of the usage of 800 flags."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def format_help(self) -> str:
+        for (
+            action
+        ) in self._actions:  # some of Megatron's texts hold a bare percent sign, which argparse rejects
+            if action.help and not _formats(action):
+                action.help = action.help.replace("%", "%%")
+        return super().format_help()
+
+
+def _formats(action: argparse.Action) -> bool:
+    try:
+        action.help % vars(action)
+    except (KeyError, TypeError, ValueError):
+        return "%(prog)" in action.help
+    return True
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="distill.py",
+        usage="torchrun [...] examples/distill.py --config RECIPE [flags]",
+        allow_abbrev=False,
+        description="Train a CLSA model through the phases of a recipe. Any flag below may stand in the "
+        "recipe (dashes as underscores) or here, where it overrides the recipe in every phase.",
+    )
+    _add_run_group(parser)
+    megatron = add_megatron_arguments(Parser(add_help=False, allow_abbrev=False))
+    taken = {action.dest for action in megatron._actions}
+    inherited = {field.name for field in dataclasses.fields(TransformerConfig)}
+    ArgumentGroupFactory(CLSAConfig, exclude=[*inherited, *taken]).build_group(
+        parser, title="CLSA model and loss"
+    )
+    add_megatron_arguments(parser)
+    return parser
+
+
+def _add_run_group(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("run", "What to run and where its files go.")
+    group.add_argument("--config", metavar="RECIPE", required=True, help="Recipe file (YAML).")
+    group.add_argument("--out", metavar="DIR", help="Folder of the run. Default: runs/<recipe name>.")
+    group.add_argument("--phases", metavar="A,B", help="Run only these phases of the recipe. Default: all.")
+    group.add_argument(
+        "--dry-run",
+        metavar="RANKS",
+        nargs="?",
+        type=int,
+        const=0,
+        help="Print parameters, memory, FLOPs, traffic for this many ranks (default: TP x PP x CP); exit.",
+    )
+    group.add_argument(
+        "--ignore-coverage-gate",
+        action="store_true",
+        help="Enter a phase although the index covers less than the recipe's minimum_coverage.",
+    )
+
+
+def recipe_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Keys that a recipe may hold: every long flag but the run's own, dashes as underscores."""
+    own = {"help", "config", "out", "phases", "dry_run", "ignore_coverage_gate"}
+    return {
+        flag[2:].replace("-", "_"): action
+        for flag, action in parser._option_string_actions.items()
+        if flag.startswith("--") and action.dest not in own
+    }
+
+
+def parse_command(words: list[str]) -> argparse.Namespace:
+    """The run's own flags (`--config`, `--out`, `--phases` ...), with the rest checked for spelling."""
+    parser = build_parser()
+    args, extra = parser.parse_known_args(words)
+    if extra:
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        raise UserError(unknown_key(extra[0].split("=")[0], flags, "command line", "flag"))
+    return args
+
+
+def parse_phase(recipe: Recipe, phase: Phase, command_line: list[str], ranks: int | None = None):
+    """All flags of one phase, as Megatron's `parse_args` would give them.
+
+    Args:
+        command_line: the user's words; they win over the recipe.
+        ranks: world size; None takes the launcher's `WORLD_SIZE`.
+    """
+    parser = build_parser()
+    options = recipe_options(parser)
+    for settings in (recipe.settings, phase.settings):
+        _refuse_decided(settings, recipe)
+    words = [
+        *flag_words(HOUSE_DEFAULTS | platform_defaults(), options, recipe.path),
+        *flag_words(recipe.settings, options, recipe.path),
+        *flag_words(phase.settings, options, recipe.path),
+        *command_line,
+    ]
+    args = parser.parse_args(words)
+    args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
+    args.rank = int(os.environ.get("RANK", "0"))
+    args.world_size = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    _derive(args)
+    return args
+
+
+def _refuse_decided(settings: dict, recipe: Recipe):
+    for key in settings.keys() & DECIDED_BY_RUN.keys():
+        raise UserError(f"{recipe.path}: {key} is decided by the run; use {DECIDED_BY_RUN[key]}")
+    for key, value in settings.items():
+        if value is False and HOUSE_DEFAULTS.get(key) is True:
+            raise UserError(f"{recipe.path}: {key} cannot be turned off in CLSA; remove the line")
+
+
+def platform_defaults() -> dict:
+    """Settings that depend on the machine alone: a GPU or not, Transformer Engine or not."""
+    defaults = {} if have_transformer_engine() else dict(WITHOUT_TE)
+    if not torch.cuda.is_available():
+        defaults |= WITHOUT_TE | WITHOUT_GPU
+    return defaults
+
+
+def have_transformer_engine() -> bool:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _derive(args):
+    """Values that follow from others and that nobody should have to repeat."""
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    args.sequence_parallel = args.tensor_model_parallel_size > 1
+    args.group_query_attention = args.num_query_groups is not None
+    args.save_interval = args.save_interval or args.train_iters
+    args.eval_interval = args.eval_interval or args.train_iters

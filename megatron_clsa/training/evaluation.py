@@ -1,0 +1,122 @@
+"""What a validation pass measures beside the loss: coverage of the index, and the other attention's loss.
+
+Owns recording the batches of one evaluation, probing them and running them again with dense (or sparse)
+cross-attention, so that the two losses differ by the attention alone. What a figure means: distill/probe.py.
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
+from megatron.training.utils import is_last_rank
+from torch import Tensor
+
+from megatron_clsa.config import CLSAConfig
+from megatron_clsa.distill.probe import AttentionProbe
+from megatron_clsa.model.forward_mode import ForwardMode
+from megatron_clsa.training.metrics import MetricsFile, PhasePosition
+
+PROBED_ROWS = 16  # sampled positions a sequence; a probe holds [b, rows, s] sums
+
+
+def run_stage(model, batch: dict, mode: ForwardMode) -> Tensor:
+    """This stage's packet or, on the last stage, the losses `[b, s/cp]`."""
+    return model(
+        batch["tokens"],
+        batch["position_ids"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        mode=mode,
+    )
+
+
+class Evaluation:
+    """Collects one evaluation at a time and appends its line to the metrics file."""
+
+    def __init__(self, config: CLSAConfig, file: MetricsFile, position: PhasePosition):
+        self.config, self.file, self.position = config, file, position
+        self.last: dict[
+            str, float
+        ] = {}  # figures of the newest evaluation, the same on every rank but the losses
+        self._forget()
+
+    def _forget(self):
+        self.batches: dict[int | None, list[dict]] = {}  # by virtual pipeline stage
+        self.probes: list[AttentionProbe] = []
+        self.totals = torch.zeros(2, dtype=torch.float64)
+
+    def forward_step(self, batch: dict, model):
+        """One microbatch of Megatron's evaluation: with the phase's own attention, and a probe."""
+        recorded = self.batches.setdefault(get_attr_wrapped_model(model, "vp_stage"), [])
+        recorded.append(batch)
+        mode = ForwardMode(self.config.cross_attention, probe=self._probe(len(recorded) - 1, model))
+        return self._forward(batch, model, mode)
+
+    def _probe(self, microbatch: int, model) -> AttentionProbe:
+        """One probe a microbatch, shared by the model chunks of this rank."""
+        if microbatch == len(self.probes):
+            args, groups = get_args(), get_attr_wrapped_model(model, "pg_collection")
+            device = torch.cuda.current_device()
+            self.probes.append(
+                AttentionProbe(
+                    self.config, args.eval_micro_batch_size, args.seq_length, PROBED_ROWS, device, groups
+                )
+            )
+        return self.probes[microbatch]
+
+    def _forward(self, batch: dict, model, mode: ForwardMode):
+        return run_stage(model, batch, mode), partial(self._loss, batch["loss_mask"])
+
+    def _loss(self, loss_mask: Tensor, losses: Tensor):
+        total, count = (losses.float() * loss_mask).sum(), loss_mask.sum()
+        self.totals += torch.stack([total, count]).double().cpu()
+        return total, count.to(torch.int), {"lm loss": torch.stack([total, count.float()])}
+
+    def finish(self, model: list) -> None:
+        """Megatron's `non_loss_data_func`: every rank comes here once, after an evaluation's last batch."""
+        args = get_args()
+        groups = get_attr_wrapped_model(model[0], "pg_collection")
+        figures = {"valid_lm_loss": self._mean_loss(groups)}
+        figures |= self._losses_by_attention(model, groups, figures["valid_lm_loss"])
+        parts = [probe.finish() for probe in self.probes]
+        figures |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+        self.last = figures
+        self._forget()
+        step = args.curr_iteration + 1
+        if is_last_rank():
+            self.file.append(self.position.at(step) | figures)
+        if step >= args.train_iters:
+            args.do_valid = False  # pretrain would evaluate the last step a second time
+
+    def _mean_loss(self, groups) -> float | None:
+        totals, self.totals = self.totals.to(torch.cuda.current_device()), torch.zeros(2, dtype=torch.float64)
+        dist.all_reduce(totals, group=groups.dp_cp)
+        return (totals[0] / totals[1]).item() if totals[1] else None
+
+    def _losses_by_attention(self, model: list, groups, own: float | None) -> dict:
+        """The loss with either attention on the same batches, once there is an index worth comparing."""
+        if not self.config.needs_index_projection:
+            return {}
+        other = "sparse" if self.config.cross_attention == "dense" else "dense"
+        self._replay(model, ForwardMode(other))
+        return {
+            f"valid_lm_loss_{self.config.cross_attention}": own,
+            f"valid_lm_loss_{other}": self._mean_loss(groups),
+        }
+
+    def _replay(self, model: list, mode: ForwardMode) -> None:
+        """The recorded batches once more, through the same pipeline schedule."""
+        args = get_args()
+        replays = [iter(self.batches[get_attr_wrapped_model(chunk, "vp_stage")]) for chunk in model]
+        get_forward_backward_func()(
+            forward_step_func=lambda batches, chunk: self._forward(next(batches), chunk, mode),
+            data_iterator=replays if len(replays) > 1 else replays[0],
+            model=model,
+            num_microbatches=len(next(iter(self.batches.values()))),
+            seq_length=args.seq_length,
+            micro_batch_size=args.eval_micro_batch_size,
+            forward_only=True,
+        )

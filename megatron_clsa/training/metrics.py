@@ -1,0 +1,114 @@
+"""The run's metrics file: one JSON object a line, one line a training step, one more an evaluation.
+
+Owns the file and what a line holds. The figures come from Megatron's training log (steps) and from
+evaluation.py; one rank writes, the last, because it holds the losses under pipeline parallelism.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.training.global_vars import get_timers
+from megatron.training.utils import is_last_rank, reduce_max_stat_across_model_parallel_group
+
+
+class MetricsFile:
+    """Append-only JSON lines. A line is one `write` call, so a killed run leaves whole lines."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, record: dict):
+        line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def truncate(self, last_step: int):
+        """Drop what an earlier run wrote beyond `last_step`: those steps are about to be taken again."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last_step]
+        whole = self.path.with_suffix(".tmp")
+        whole.write_text("".join(line + "\n" for line in kept))
+        whole.replace(self.path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # cut by a kill
+
+
+def _plain(value):
+    """Floats as JSON knows them: it has no infinity and no NaN."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class PhasePosition:
+    """Where a phase lies in the run.
+
+    Attributes:
+        name: of the phase.
+        first_step, first_tokens: steps taken and tokens consumed by the phases before it.
+        tokens_per_step: of this phase.
+    """
+
+    name: str
+    first_step: int
+    first_tokens: int
+    tokens_per_step: int
+
+    def at(self, phase_step: int) -> dict:
+        """The fields that place a line."""
+        return {
+            "step": self.first_step + phase_step,
+            "phase": self.name,
+            "phase_step": phase_step,
+            "consumed_tokens": self.first_tokens + phase_step * self.tokens_per_step,
+        }
+
+
+class StepRecorder:
+    """Writes a line a step. Stands around Megatron's `training_log`, which every rank calls every step."""
+
+    def __init__(self, file: MetricsFile, position: PhasePosition):
+        self.file, self.position = file, position
+        self.seconds = 0.0  # what the step timer had counted when the last line was written
+
+    def __call__(self, training_log, loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named):
+        # Under indexer-only training a stage without trainable parameters has no learning rate.
+        rate = reduce_max_stat_across_model_parallel_group(learning_rate, group=named["pg_collection"].mp)
+        step_time = self._lap()
+        if is_last_rank():
+            grad_norm = rest[3]  # after loss_scale, report_memory_flag and skipped_iter
+            self._write(loss_dict, iteration, rate, grad_norm, step_time)
+        return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
+
+    def _lap(self) -> float:
+        """Seconds since the last call, evaluations and checkpoints left out."""
+        timer = get_timers()("interval-time")
+        timer.elapsed(reset=False)
+        total = timer.active_time()
+        self.seconds, lap = total, total - self.seconds
+        return lap
+
+    def _write(self, losses: dict, iteration: int, rate, grad_norm, step_time: float):
+        self.file.append(
+            self.position.at(iteration)
+            | {
+                "lm_loss": losses.get("lm loss"),
+                "kd_loss": losses.get("kd loss"),
+                "grad_norm": grad_norm,
+                "learning_rate": rate and float(f"{rate:.6g}"),  # it was reduced in fp32
+                "tokens_per_second": self.position.tokens_per_step / max(step_time, 1e-9),
+                "step_time": step_time,
+            }
+        )

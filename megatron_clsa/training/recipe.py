@@ -1,0 +1,158 @@
+"""Reads a recipe: one YAML file that holds Megatron's flags in sections and a list of phases.
+
+Owns the shape of the file (sections, phases, duplicates) and turns settings into command-line words. Does
+not know what any flag means: the parser in arguments.py does.
+"""
+
+import argparse
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_clsa.errors import UserError
+
+SECTIONS = ("model", "data", "parallel", "optimizer", "schedule", "evaluation", "checkpoint", "logging")
+PHASE_FIELDS = ("name", "minimum_coverage")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of the training loop.
+
+    Attributes:
+        number: 1-based place in the recipe; names the checkpoint folder.
+        name: unique in the recipe, chosen by `--phases`.
+        settings: flags of this phase alone; they override the recipe's.
+        minimum_coverage: the phase is entered only if the last measured attention coverage, divided by the
+            oracle's, is at least this. None enters without asking.
+    """
+
+    number: int
+    name: str
+    settings: dict[str, Any]
+    minimum_coverage: float | None
+
+    @property
+    def folder(self) -> str:
+        return f"{self.number:02d}_{self.name}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe. `settings` joins all sections: keys are flag names with underscores."""
+
+    path: Path
+    settings: dict[str, Any]
+    phases: tuple[Phase, ...]
+
+    def choose(self, names: str | None) -> tuple[Phase, ...]:
+        """The phases named in a comma-separated list, in the recipe's order; None means all."""
+        if names is None:
+            return self.phases
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+        known = [phase.name for phase in self.phases]
+        for name in wanted:
+            if name not in known:
+                raise UserError(f"--phases {name}: {self.path} has no such phase; it has {', '.join(known)}")
+        return tuple(phase for phase in self.phases if phase.name in wanted)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    path = Path(path)
+    document = _read_yaml(path)
+    phases = document.pop("phases", None)
+    if not isinstance(phases, list) or not phases:
+        raise UserError(f"{path}: needs a list `phases:` with at least one phase")
+    return Recipe(path, _join_sections(document, path), _parse_phases(phases, path))
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: {error.strerror}; give a recipe such as examples/recipes/*.yaml"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(
+            f"--config {path}: must map section names to settings, found {type(document).__name__}"
+        )
+    return document
+
+
+def _join_sections(document: dict, path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for section, values in document.items():
+        if section not in SECTIONS:
+            raise UserError(unknown_key(section, [*SECTIONS, "phases"], path, "section"))
+        for key, value in (values or {}).items():
+            if key in settings:
+                raise UserError(f"{path}: {key} is set twice; keep one of them")
+            settings[key] = value
+    return settings
+
+
+def _parse_phases(phases: list, path: Path) -> tuple[Phase, ...]:
+    parsed = []
+    for number, fields in enumerate(phases, start=1):
+        if not isinstance(fields, dict) or not str(fields.get("name", "")).isidentifier():
+            raise UserError(f"{path}: phase {number} needs a `name:` of letters, digits and underscores")
+        settings = {key: value for key, value in fields.items() if key not in PHASE_FIELDS}
+        coverage = fields.get("minimum_coverage")
+        if coverage is not None and not (isinstance(coverage, int | float) and 0 <= coverage <= 1):
+            raise UserError(f"{path}: minimum_coverage {coverage} of phase {fields['name']} must be in 0..1")
+        parsed.append(Phase(number, fields["name"], settings, coverage))
+    names = [phase.name for phase in parsed]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two phases have the same name; names are {', '.join(names)}")
+    return tuple(parsed)
+
+
+def unknown_key(key: str, known: list[str], where: Path | str, kind: str = "key") -> str:
+    """The message for a name that nothing knows, with the nearest one that exists."""
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    return f"{where}: unknown {kind} {key}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def flag_words(settings: dict[str, Any], options: dict[str, argparse.Action], where: Path) -> list[str]:
+    """Settings as command-line words.
+
+    Args:
+        settings: flag name with underscores -> value.
+        options: the same names -> the parser's action of that flag.
+        where: the file, for messages.
+    """
+    words: list[str] = []
+    for key, value in settings.items():
+        if key not in options:
+            raise UserError(unknown_key(key, list(options), where))
+        words += _words(key, value, options[key], where)
+    return words
+
+
+def _words(key: str, value: Any, action: argparse.Action, where: Path) -> list[str]:
+    flag = "--" + key.replace("_", "-")
+    if flag not in action.option_strings:
+        flag = "--" + key
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [flag if _boolean(key, value, where) else "--no-" + flag[2:]]
+    if action.nargs == 0:
+        return [flag] if _boolean(key, value, where) else []
+    if value is None:
+        raise UserError(f"{where}: {key} has no value")
+    if action.nargs is not None:
+        return [flag, *map(str, value if isinstance(value, list) else str(value).split())]
+    if isinstance(value, list | dict | bool):
+        raise UserError(f"{where}: {key} takes one value, found {value}")
+    return [f"{flag}={value}"]
+
+
+def _boolean(key: str, value: Any, where: Path) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {key} is a switch and takes true or false, found {value}")
+    return value

@@ -1,0 +1,159 @@
+"""Runs the phases of a plan, one `megatron.training.pretrain` each, in one process a rank.
+
+Owns the order of things around pretrain and the exit code. Between phases the process group and Megatron's
+globals are torn down and built again on the launcher's one store, under a prefix a phase: nothing depends on
+how the ranks were started (torchrun or srun), and a test holds it bitwise equal to starting each phase in
+a new process. Entering a phase always goes through the checkpoint of the one before.
+"""
+
+import gc
+import os
+import signal
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.enums import ModelType
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.global_vars import get_signal_handler, set_global_variables
+from megatron.training.training import destroy_global_state
+
+from megatron_clsa.data.provider import train_valid_test_datasets_provider
+from megatron_clsa.model.builder import CLSAModelConfig
+from megatron_clsa.parallel.cpu import patch_training, wrap_training
+from megatron_clsa.training.arguments import parse_command
+from megatron_clsa.training.checkpoint import Origin, load_moments
+from megatron_clsa.training.evaluation import Evaluation
+from megatron_clsa.training.metrics import MetricsFile, StepRecorder
+from megatron_clsa.training.plan import PhaseRun, RunPlan, check_gate, make_plan
+from megatron_clsa.training.recipe import load_recipe
+from megatron_clsa.training.step import TrainingStep
+
+EXIT_DONE, EXIT_SAVED = 0, 75
+
+
+def main(words: list[str]) -> int:
+    """Everything that `examples/distill.py` does. Returns the exit code; bad input raises `UserError`."""
+    command = parse_command(words)
+    recipe = load_recipe(command.config)
+    plan = make_plan(recipe, command, words)
+    for run in plan.runs[:1]:
+        check_gate(run, plan.state, plan.ignore_gate)
+    return run_phases(plan)
+
+
+def run_phases(plan: RunPlan) -> int:
+    """Run what the plan holds; stops after a phase that was left early."""
+    patch_training()
+    # Slurm warns with USR1 before the time limit, preemption sends TERM: save and leave on both.
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    plan.checkpoints.mkdir(parents=True, exist_ok=True)
+    store = None
+    for number, run in enumerate(plan.runs):
+        check_gate(run, plan.state, plan.ignore_gate)
+        store = store or launcher_store()
+        figures = run_phase(run, plan, dist.PrefixStore(f"phase{number}", store))
+        if figures is None:
+            return EXIT_SAVED
+        plan.state.finish(run.phase.name, _record(run, figures), write=run.args.rank == 0)
+    return EXIT_DONE
+
+
+def launcher_store() -> dist.Store:
+    """The key-value store that torchrun's or srun's environment names; a lone process makes its own."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    store, _, _ = next(iter(dist.rendezvous("env://")))
+    return store
+
+
+def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
+    """Train one phase to its end. Returns its last figures, None if it saved and left early (a signal)."""
+    origin = run.origin(plan.state, plan.checkpoints)
+    origin.apply(run.args, run.folder)
+    file = MetricsFile(plan.metrics)
+    if run.args.rank == run.args.world_size - 1:
+        file.truncate(run.position.first_step + origin.step)
+    evaluation = Evaluation(run.config, file, run.position)
+    wrap_training("training_log", StepRecorder(file, run.position))
+    wrap_training("load_checkpoint", load_moments if origin.moments else None)
+    try:
+        _announce(run, origin)
+        set_global_variables(run.args)
+        _pretrain(run, evaluation, store)
+        # A signal that came after the last step's check: the phase is complete, the run is not.
+        stopped = any(get_signal_handler().signals_received())
+        if stopped:
+            plan.state.finish(run.phase.name, _record(run, evaluation.last), write=run.args.rank == 0)
+        return None if stopped else evaluation.last
+    except SystemExit as left:
+        if left.code not in (None, 0):
+            raise
+        return None
+    finally:
+        _tear_down()
+
+
+def _pretrain(run: PhaseRun, evaluation: Evaluation, store: dist.Store):
+    args = get_args()
+    model = CLSAModelConfig(
+        transformer=run.config,
+        vocab_size=args.padded_vocab_size,
+        seq_length=args.max_position_embeddings,
+        tie_embeddings=not args.untie_embeddings_and_output_weights,
+        transformer_impl=args.transformer_impl,
+    )
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        _without_test_set,
+        ModelType.encoder_or_decoder,
+        TrainingStep(run.config, evaluation),
+        non_loss_data_func=evaluation.finish,
+        store=store,
+    )
+
+
+def _without_test_set(num_samples: list[int], vp_stage: int | None = None):
+    """Training and validation data; a test set is for when training is over."""
+    train, valid, _ = train_valid_test_datasets_provider(num_samples, vp_stage)
+    return train, valid, None
+
+
+_without_test_set.is_distributed = True
+
+
+def _record(run: PhaseRun, figures: dict) -> dict:
+    return {
+        "folder": run.phase.folder,
+        "trainable": run.config.trainable,
+        "steps": run.steps,
+        "tokens": run.steps * run.position.tokens_per_step,
+        **{name: figures.get(name) for name in ("attention_coverage", "oracle_coverage")},
+    }
+
+
+def _announce(run: PhaseRun, origin: Origin):
+    if run.args.rank:
+        return
+    source = Path(origin.folder).name if origin.folder else "fresh weights"
+    how = f"resuming at step {origin.step}" if origin.step else f"from {source}"
+    moments = " with optimizer moments" if origin.moments else ""
+    length = f"{run.steps} steps of {run.args.seq_length} tokens a sequence"
+    print(f"phase {run.phase.number} {run.phase.name}: {length}, {how}{moments}", flush=True)
+
+
+def _tear_down():
+    """Leave nothing of a phase behind but the files it wrote."""
+    destroy_global_state()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

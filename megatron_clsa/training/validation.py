@@ -1,0 +1,182 @@
+"""Refuses a run that cannot work, before any process group or dataset is built, identically on every rank.
+
+Owns checks of flags against each other, the machine and the files they name. A field's own range is checked
+in config.py, a recipe's shape in recipe.py; what Megatron asserts besides becomes the same one-line error.
+"""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import torch
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import validate_args
+
+from megatron_clsa.config import CLSAConfig
+from megatron_clsa.errors import UserError
+
+REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "micro_batch_size",
+    "train_iters",
+    "lr",
+)
+
+
+def validate_phase(args, phase_name: str) -> CLSAConfig:
+    """Check one phase's flags; completes `args` as Megatron's `validate_args` does.
+
+    Returns:
+        The model's configuration for this phase.
+    """
+    try:
+        _check_required(args)
+        _check_platform(args)
+        _check_layout(args)
+        _check_sequence(args)
+        _check_tokenizer(args)
+        _check_data(args)
+        return _megatron_checks(args)
+    except UserError as error:
+        raise UserError(f"phase {phase_name}: {error}") from error
+
+
+def _check_required(args):
+    for name in REQUIRED:
+        value = getattr(args, name)
+        if value is None:
+            raise UserError(f"--{_dashed(name)} is missing: set {name} in the recipe")
+        if value <= 0:
+            raise UserError(f"--{_dashed(name)} {value}: give a positive number")
+
+
+def _check_platform(args):
+    if torch.cuda.is_available():
+        return
+    gpu_only = {
+        "distributed_backend": args.distributed_backend == "nccl",
+        "transformer_impl": args.transformer_impl != "local",
+        "fp8_format": bool(args.fp8),
+        "cuda_graph_impl": args.cuda_graph_impl != "none",
+        "use_megatron_fsdp": args.use_megatron_fsdp,
+    }
+    for name, asked in gpu_only.items():
+        if asked:
+            value = getattr(args, "fp8" if name == "fp8_format" else name)
+            raise UserError(f"--{_dashed(name)} {value} needs a GPU and none is visible: drop the flag")
+
+
+def _check_layout(args):
+    tp, pp, cp = _sizes(args)
+    if args.world_size % (tp * pp * cp):
+        raise UserError(
+            f"{args.world_size} ranks cannot hold --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {tp * pp * cp}: "
+            "start a multiple of that many"
+        )
+    data_parallel = args.world_size // (tp * pp * cp)
+    batch = args.global_batch_size or args.micro_batch_size * data_parallel
+    if batch % (args.micro_batch_size * data_parallel):
+        raise UserError(
+            f"--global-batch-size {batch} is not a multiple of --micro-batch-size {args.micro_batch_size} x "
+            f"{data_parallel} data-parallel ranks: change one of them"
+        )
+    uneven = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    if uneven == (None, None) and not args.pipeline_model_parallel_layout and args.num_layers % pp:
+        raise UserError(
+            f"--num-layers {args.num_layers} does not divide over --pipeline-model-parallel-size {pp}: "
+            "set --decoder-first-pipeline-num-layers or --pipeline-model-parallel-layout"
+        )
+    heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
+    for flag, count in (("--num-attention-heads", heads), ("--num-query-groups", groups)):
+        if count % tp:
+            raise UserError(f"{flag} {count} is not divisible by --tensor-model-parallel-size {tp}: lower it")
+
+
+def _check_sequence(args):
+    tp, _, cp = _sizes(args)
+    if cp > 1 and args.seq_length % (2 * cp):
+        raise UserError(
+            f"--seq-length {args.seq_length} is not a multiple of 2 x --context-parallel-size {cp}: "
+            f"use {args.seq_length // (2 * cp) * 2 * cp} or a smaller size"
+        )
+    if args.seq_length // cp % tp:
+        raise UserError(
+            f"--seq-length {args.seq_length} gives {args.seq_length // cp} rows a context-parallel rank, "
+            f"which --tensor-model-parallel-size {tp} does not divide: use a multiple of {tp * cp}"
+        )
+    if args.index_topk > args.seq_length:
+        raise UserError(
+            f"--index-topk {args.index_topk} is larger than --seq-length {args.seq_length}: "
+            "lower it (a row selects at most the positions it sees)"
+        )
+
+
+def _check_tokenizer(args):
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    remedy = "train one with tools/train_tokenizer.py or name a Hugging Face tokenizer folder"
+    if kind is None:
+        raise UserError(f"--tokenizer-type is missing: {remedy}")
+    if kind.startswith("Null"):
+        if not args.vocab_size:
+            raise UserError(f"--vocab-size is missing: --tokenizer-type {kind} has no file to read it from")
+    elif model is None or not Path(model).exists():
+        raise UserError(f"--tokenizer-model {model} does not exist: {remedy}")
+
+
+def _check_data(args):
+    if args.mock_data:
+        return
+    blends = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+    prefixes = [word for blend in blends for word in blend or () if not _is_weight(word)]
+    if not prefixes and not (args.data_args_path or args.per_split_data_args_path):
+        raise UserError("--data-path is missing: name the prefix that tools/preprocess_data.py wrote")
+    for prefix in prefixes:
+        for path in (Path(prefix + ".idx"), Path(prefix + ".bin")):
+            if not path.is_file():
+                raise UserError(
+                    f"--data-path {prefix}: {path} does not exist; write it with tools/preprocess_data.py"
+                )
+            if not path.stat().st_size:
+                raise UserError(
+                    f"--data-path {prefix}: {path} is empty; write it again with tools/preprocess_data.py"
+                )
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _megatron_checks(args) -> CLSAConfig:
+    if torch.cuda.is_available() and args.tensor_model_parallel_size * args.context_parallel_size > 1:
+        # Before Blackwell, the order of collectives and matrix products relies on one hardware queue.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it lists 800 arguments
+            validate_args(args)
+            return core_transformer_config_from_args(args, CLSAConfig)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(str(error) or f"Megatron refused the arguments ({_where(error)})") from error
+
+
+def _where(error: BaseException) -> str:
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    return f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
+
+
+def _sizes(args) -> tuple[int, int, int]:
+    return args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
