@@ -44,12 +44,8 @@ def _package_of(path: Path) -> str | None:
 
 def _imported(path: Path) -> set[str]:
     """Dotted names of all modules that a file imports, relative ones resolved."""
-    own = (
-        ["megatron_clsa", *path.relative_to(ROOT).parent.parts[-1:]]
-        if "kernels" in path.parts[-2:-1]
-        else None
-    )
-    own = own or list(path.relative_to(ROOT).parent.parts)
+    own = list(path.relative_to(ROOT).parent.parts)
+    own = ["megatron_clsa", *own] if own[0] == "kernels" else own
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,7 +1,6 @@
 """Tokenizers: loading any kind that Megatron knows, and training a SentencePiece model on text.
 
-Owns the checks that turn a wrong path or type into one line. Encoding is Megatron's and its libraries';
-the Hugging Face copy of a SentencePiece model is hugging_face_tokenizer.py's.
+Owns the checks that turn a wrong path or type into one line. Encoding is Megatron's and its libraries'.
 """
 
 import io
