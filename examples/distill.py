@@ -1,7 +1,6 @@
 """Train a CLSA model through the phases of a recipe.
 
     torchrun --nproc-per-node 2 examples/distill.py --config examples/recipes/quickstart.yaml --out runs/quick
-    python examples/distill.py --config examples/recipes/paper_4b.yaml --dry-run 64
 
 Owns nothing: the phases are in the recipe, the work is in megatron_clsa/training. Exit codes: 0 done,
 2 bad input, 75 saved and to be run again, 1 anything else.

@@ -3,6 +3,7 @@
 Owns no checks: each check lives where the value enters.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -22,7 +23,8 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            if os.environ.get("RANK", "0") == "0":  # every rank refuses alike; one says so
+                print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
             return EXIT_BAD_INPUT
 
     return run

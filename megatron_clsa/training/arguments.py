@@ -107,14 +107,6 @@ def _add_run_group(parser: argparse.ArgumentParser):
     group.add_argument("--out", metavar="DIR", help="Folder of the run. Default: runs/<recipe name>.")
     group.add_argument("--phases", metavar="A,B", help="Run only these phases of the recipe. Default: all.")
     group.add_argument(
-        "--dry-run",
-        metavar="RANKS",
-        nargs="?",
-        type=int,
-        const=0,
-        help="Print parameters, memory, FLOPs, traffic for this many ranks (default: TP x PP x CP); exit.",
-    )
-    group.add_argument(
         "--ignore-coverage-gate",
         action="store_true",
         help="Enter a phase although the index covers less than the recipe's minimum_coverage.",
@@ -123,7 +115,7 @@ def _add_run_group(parser: argparse.ArgumentParser):
 
 def recipe_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Keys that a recipe may hold: every long flag but the run's own, dashes as underscores."""
-    own = {"help", "config", "out", "phases", "dry_run", "ignore_coverage_gate"}
+    own = {"help", "config", "out", "phases", "ignore_coverage_gate"}
     return {
         flag[2:].replace("-", "_"): action
         for flag, action in parser._option_string_actions.items()

@@ -14,6 +14,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import validate_args
 
 from megatron_clsa.config import CLSAConfig
+from megatron_clsa.data.validation import validate_data_arguments
 from megatron_clsa.errors import UserError
 
 REQUIRED = (
@@ -129,30 +130,9 @@ def _check_tokenizer(args):
 
 
 def _check_data(args):
-    if args.mock_data:
-        return
-    blends = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
-    prefixes = [word for blend in blends for word in blend or () if not _is_weight(word)]
-    if not prefixes and not (args.data_args_path or args.per_split_data_args_path):
-        raise UserError("--data-path is missing: name the prefix that tools/preprocess_data.py wrote")
-    for prefix in prefixes:
-        for path in (Path(prefix + ".idx"), Path(prefix + ".bin")):
-            if not path.is_file():
-                raise UserError(
-                    f"--data-path {prefix}: {path} does not exist; write it with tools/preprocess_data.py"
-                )
-            if not path.stat().st_size:
-                raise UserError(
-                    f"--data-path {prefix}: {path} is empty; write it again with tools/preprocess_data.py"
-                )
-
-
-def _is_weight(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    if not args.mock_data:
+        args.split = args.split or "99,1,0"
+        validate_data_arguments(args)
 
 
 def _megatron_checks(args) -> CLSAConfig:

@@ -1,0 +1,104 @@
+"""Recipes and flags: precedence, and one-line refusals that name key or flag before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_clsa.errors import UserError
+from megatron_clsa.training.arguments import parse_command
+from megatron_clsa.training.plan import make_plan
+from megatron_clsa.training.recipe import load_recipe
+
+RECIPE = """
+model: {num_layers: 4, hidden_size: 64, num_attention_heads: 4, num_query_groups: 2, sliding_window: 8,
+        index_topk: 16, index_head_dim: 8, ffn_hidden_size: 64}
+data: {tokenizer_type: NullTokenizer, vocab_size: 127, mock_data: true, num_workers: 0}
+optimizer: {lr: 1e-3}
+evaluation: {eval_iters: 1}
+schedule: {micro_batch_size: 1, train_iters: 4}
+phases:
+  - {name: short, seq_length: 32, cross_attention: dense, trainable: backbone}
+  - {name: sparse, seq_length: 64, lr: 1e-4, minimum_coverage: 0.5, kd_loss: selected, train_iters: 6}
+"""
+
+
+def plan_of(tmp_path: Path, *words: str, text: str = RECIPE, ranks: int | None = None):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    words = ["--config", str(path), "--out", str(tmp_path / "out"), *words]
+    command = parse_command(words)
+    return make_plan(load_recipe(path), command, words, ranks)
+
+
+def test_phase_overrides_recipe_and_command_line_overrides_both(tmp_path):
+    short, sparse = plan_of(tmp_path, "--clip-grad", "0.5").runs
+    assert (short.args.lr, sparse.args.lr) == (1e-3, 1e-4)
+    assert short.args.clip_grad == sparse.args.clip_grad == 0.5
+    assert {run.args.lr for run in plan_of(tmp_path, "--lr", "0.5").runs} == {0.5}
+
+
+def test_phases_follow_one_another_in_steps_and_tokens(tmp_path):
+    _, sparse = plan_of(tmp_path).runs
+    assert sparse.position.at(1) == {
+        "step": 5,
+        "phase": "sparse",
+        "phase_step": 1,
+        "consumed_tokens": 4 * 32 + 64,
+    }
+
+
+def test_phases_flag_chooses_a_subset(tmp_path):
+    assert [run.phase.name for run in plan_of(tmp_path, "--phases", "short").runs] == ["short"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--index-topk", "128"], ["--index-topk 128", "--seq-length"]),
+        (["--phases", "shor"], ["--phases shor", "short"]),
+        (["--num-layer", "4"], ["--num-layer", "did you mean --num-layers"]),
+        (["--num-layers", "5"], ["--num-layers 5", "--num-self-decoder-layers"]),
+        (["--distributed-backend", "nccl"], ["--distributed-backend nccl", "GPU"]),
+        (["--transformer-impl", "transformer_engine"], ["--transformer-impl", "GPU"]),
+        (["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model", "does not exist"]),
+    ],
+)
+def test_bad_flag_is_refused_by_name(tmp_path, words, named):
+    with pytest.raises(UserError) as refusal:
+        plan_of(tmp_path, *words)
+    assert all(word in str(refusal.value) for word in named), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "named"),
+    [
+        (["--tensor-model-parallel-size", "4"], 4, "--num-query-groups 2"),
+        (["--context-parallel-size", "3"], 3, "2 x --context-parallel-size 3"),
+        (["--tensor-model-parallel-size", "2"], 3, "3 ranks"),
+        (["--pipeline-model-parallel-size", "3"], 3, "--pipeline-model-parallel-size 3"),
+        (["--global-batch-size", "3"], 2, "--global-batch-size 3"),
+    ],
+)
+def test_layout_that_cannot_hold_the_model_is_refused(tmp_path, words, ranks, named):
+    with pytest.raises(UserError, match=named.replace("+", r"\+")):
+        plan_of(tmp_path, *words, ranks=ranks)
+
+
+def test_tensor_parallelism_turns_sequence_parallelism_on(tmp_path):
+    assert plan_of(tmp_path, "--tensor-model-parallel-size", "2", ranks=2).runs[0].args.sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("hidden_size: 64,", "hiden_size: 64,", "unknown key hiden_size; did you mean hidden_size"),
+        ("optimizer:", "optimiser:", "unknown section optimiser; did you mean optimizer"),
+        ("lr: 1e-4", "save: x", "save is decided by the run"),
+        ("mock_data: true", "mock_data: 1", "mock_data is a switch"),
+        ("name: sparse", "name: short", "same name"),
+    ],
+)
+def test_bad_recipe_names_file_and_key(tmp_path, old, new, named):
+    with pytest.raises(UserError) as refusal:
+        plan_of(tmp_path, text=RECIPE.replace(old, new))
+    assert named in str(refusal.value) and "recipe.yaml" in str(refusal.value)
