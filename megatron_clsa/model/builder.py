@@ -23,6 +23,7 @@ from megatron.training.models import (
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.model.clsa_model import CLSAModel
+from megatron_clsa.model.initialize import initialize_weights
 from megatron_clsa.model.layer_specs import local_spec, transformer_engine_spec
 
 
@@ -36,6 +37,7 @@ class CLSAModelConfig(ModelConfig):
         seq_length: longest sequence, in tokens.
         tie_embeddings: share the embedding with the output layer.
         transformer_impl: "local" (plain torch) or "transformer_engine".
+        seed: of the initial weights; the same seed gives the same model at every parallel layout.
     """
 
     builder: ClassVar[str] = "megatron_clsa.model.builder.CLSAModelBuilder"
@@ -44,6 +46,7 @@ class CLSAModelConfig(ModelConfig):
     seq_length: int
     tie_embeddings: bool = False
     transformer_impl: Literal["local", "transformer_engine"] = "local"
+    seed: int = 1234
 
 
 def freeze(model: CLSAModel) -> CLSAModel:
@@ -78,6 +81,8 @@ class CLSAModelBuilder(ModelBuilder):
             vp_stage,
             settings.tie_embeddings,
         )
+        if config.perform_initialization:
+            initialize_weights(model, settings.seed)
         return freeze(model)
 
     def build_distributed_models(

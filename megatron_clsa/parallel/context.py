@@ -52,7 +52,11 @@ class _HaloExchange(torch.autograd.Function):
 
 
 def _exchange(to_next: Tensor, to_previous: Tensor, group) -> tuple[Tensor, Tensor]:
-    from_previous, from_next = torch.zeros_like(to_previous), torch.zeros_like(to_next)
+    # Gradients arrive with any strides, the wire wants none.
+    from_previous, from_next = (
+        torch.zeros_like(to_previous.contiguous()),
+        torch.zeros_like(to_next.contiguous()),
+    )
     rank, size = group.rank(), group.size()
     operations = []
     for peer, outgoing, incoming in ((rank + 1, to_next, from_next), (rank - 1, to_previous, from_previous)):

@@ -109,6 +109,7 @@ def _pretrain(run: PhaseRun, evaluation: Evaluation, store: dist.Store):
         seq_length=args.max_position_embeddings,
         tie_embeddings=not args.untie_embeddings_and_output_weights,
         transformer_impl=args.transformer_impl,
+        seed=args.seed,
     )
     pretrain(
         pretrain_cfg_container_from_args(args, model),

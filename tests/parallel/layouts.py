@@ -19,7 +19,7 @@ from megatron_clsa.model.builder import CLSAModelBuilder, CLSAModelConfig
 from megatron_clsa.model.forward_mode import ForwardMode
 from megatron_clsa.parallel.context import gather_rows, gather_sequence
 
-SEQ, VOCAB, MICRO, NUM_MICRO = 32, 64, 1, 4
+SEQ, VOCAB, MICRO, NUM_MICRO = 32, 64, 2, 4
 
 
 @dataclass(frozen=True)
