@@ -1,6 +1,6 @@
 """Weights that depend on the seed and a parameter's name alone, not on the parallel layout.
 
-Owns drawing and slicing; the distributions are the config's. megatron-core draws each rank's shard on its own:
+Owns drawing and slicing; the distributions are the config's. megatron-core draws each shard on its own:
 one seed is another model at every layout (and the halves of a gated MLP are dealt out differently by each TP
 size). Here the full tensor is drawn on the CPU from its own generator and each rank keeps its slice.
 """

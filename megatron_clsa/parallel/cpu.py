@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import types
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 
@@ -199,6 +200,8 @@ def param_groups_of_any_schedule():
 
 
 def _install():
+    # On import megatron-core says once a module what it lacks without TE; an error must stay one line.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     if not torch.cuda.is_available():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         for patch in (

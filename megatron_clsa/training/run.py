@@ -2,8 +2,9 @@
 
 Owns the order of things around pretrain and the exit code. Between phases the process group and Megatron's
 globals are torn down and built again on the launcher's one store, under a prefix a phase: nothing depends on
-how the ranks were started (torchrun or srun), and a test holds it bitwise equal to starting each phase in
-a new process. Entering a phase always goes through the checkpoint of the one before.
+how the ranks were started (torchrun or srun), and a test holds a run that is cut and
+started again in a new process bitwise equal to one that never stopped. Entering a phase always goes
+through the checkpoint of the one before.
 """
 
 import gc

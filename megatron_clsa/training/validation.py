@@ -93,6 +93,10 @@ def _check_layout(args):
             "set --decoder-first-pipeline-num-layers or --pipeline-model-parallel-layout"
         )
     heads, groups = args.num_attention_heads, args.num_query_groups or args.num_attention_heads
+    if heads % groups:
+        raise UserError(
+            f"--num-query-groups {groups} does not divide --num-attention-heads {heads}: change one"
+        )
     for flag, count in (("--num-attention-heads", heads), ("--num-query-groups", groups)):
         if count % tp:
             raise UserError(f"{flag} {count} is not divisible by --tensor-model-parallel-size {tp}: lower it")
