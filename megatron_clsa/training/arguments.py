@@ -7,6 +7,7 @@ against each other and against the machine are in validation.py.
 import argparse
 import dataclasses
 import os
+from importlib.util import find_spec
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -38,7 +39,6 @@ HOUSE_DEFAULTS = {
 }
 WITHOUT_TE = {
     "transformer_impl": "local",
-    "no_gradient_accumulation_fusion": True,
     "no_rope_fusion": True,
     "no_persist_layer_norm": True,
 }
@@ -169,6 +169,9 @@ def _refuse_decided(settings: dict, recipe: Recipe):
 def platform_defaults() -> dict:
     """Settings that depend on the machine alone: a GPU or not, Transformer Engine or not."""
     defaults = {} if have_transformer_engine() else dict(WITHOUT_TE)
+    # The output layer is megatron-core's own linear, whose fusion is an extension of NVIDIA's apex.
+    if find_spec("fused_weight_gradient_mlp_cuda") is None:
+        defaults["no_gradient_accumulation_fusion"] = True
     if not torch.cuda.is_available():
         defaults |= WITHOUT_TE | WITHOUT_GPU
     return defaults
