@@ -1,9 +1,10 @@
 """Train a CLSA model through the phases of a recipe.
 
-    torchrun --nproc-per-node 2 examples/distill.py --config examples/recipes/quickstart.yaml --out runs/quick
+    python examples/distill.py --nproc-per-node 2 --config examples/recipes/quickstart.yaml --out runs/quick
+    torchrun --nnodes 2 --nproc-per-node 8 [rendezvous] examples/distill.py --config RECIPE --out runs/big
 
-Owns nothing: the phases are in the recipe, the work is in megatron_clsa/training. Exit codes: 0 done,
-2 bad input, 75 saved and to be run again, 1 anything else.
+Owns nothing: the phases are in the recipe, the work is in megatron_clsa/training. Exit codes: 0 done, 2 bad
+input, 75 saved and to be run again, 1 anything else. torchrun turns every code but 0 into 1.
 """
 
 import sys
@@ -11,9 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import megatron_clsa.parallel.cpu  # noqa: F401  (before megatron is imported)
-from megatron_clsa.errors import one_line_errors
-from megatron_clsa.training.run import main
+from megatron_clsa.training.launch import launch
+
+
+def train(words: list[str]) -> int:
+    import megatron_clsa.parallel.cpu  # noqa: F401  (before megatron is imported)
+    from megatron_clsa.training.run import main
+
+    return main(words)
+
 
 if __name__ == "__main__":
-    sys.exit(one_line_errors(main)(sys.argv[1:]))
+    sys.exit(launch(train, __file__, sys.argv[1:]))

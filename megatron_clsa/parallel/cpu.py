@@ -7,6 +7,7 @@ mends the 0.19.2 wheel and applies everywhere. Patches of `megatron.training` wa
 
 import contextlib
 import functools
+import logging
 import os
 import types
 import warnings
@@ -203,6 +204,7 @@ def _install():
     # On import megatron-core says once a module what it lacks without TE; an error must stay one line.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     if not torch.cuda.is_available():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit, no GPU
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         for patch in (
             _patch_placement,

@@ -16,6 +16,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.errors import UserError
+from megatron_clsa.training.launch import FLAG
 from megatron_clsa.training.recipe import Phase, Recipe, flag_words, unknown_key
 
 # What every CLSA model is, and what its checkpoints need to load at another layout. In front of everything.
@@ -85,7 +86,7 @@ def _formats(action: argparse.Action) -> bool:
 def build_parser() -> Parser:
     parser = Parser(
         prog="distill.py",
-        usage="torchrun [...] examples/distill.py --config RECIPE [flags]",
+        usage="python examples/distill.py [--nproc-per-node N] --config RECIPE [flags]",
         allow_abbrev=False,
         description="Train a CLSA model through the phases of a recipe. Any flag below may stand in the "
         "recipe (dashes as underscores) or here, where it overrides the recipe in every phase.",
@@ -105,6 +106,11 @@ def _add_run_group(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("run", "What to run and where its files go.")
     group.add_argument("--config", metavar="RECIPE", required=True, help="Recipe file (YAML).")
     group.add_argument("--out", metavar="DIR", help="Folder of the run. Default: runs/<recipe name>.")
+    group.add_argument(
+        FLAG,
+        metavar="N",
+        help="Start N ranks on this machine, without torchrun; keeps the exit codes 2 and 75.",
+    )
     group.add_argument("--phases", metavar="A,B", help="Run only these phases of the recipe. Default: all.")
     group.add_argument(
         "--ignore-coverage-gate",
@@ -115,7 +121,7 @@ def _add_run_group(parser: argparse.ArgumentParser):
 
 def recipe_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Keys that a recipe may hold: every long flag but the run's own, dashes as underscores."""
-    own = {"help", "config", "out", "phases", "ignore_coverage_gate"}
+    own = {"help", "config", "out", "nproc_per_node", "phases", "ignore_coverage_gate"}
     return {
         flag[2:].replace("-", "_"): action
         for flag, action in parser._option_string_actions.items()

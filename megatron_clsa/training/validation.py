@@ -7,13 +7,16 @@ in config.py, a recipe's shape in recipe.py; what Megatron asserts besides becom
 import contextlib
 import io
 import os
+from copy import copy
 from pathlib import Path
 
 import torch
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import validate_args
 
 from megatron_clsa.config import CLSAConfig
+from megatron_clsa.data.tokenizer import load_tokenizer
 from megatron_clsa.data.validation import validate_data_arguments
 from megatron_clsa.errors import UserError
 
@@ -39,8 +42,7 @@ def validate_phase(args, phase_name: str) -> CLSAConfig:
         _check_platform(args)
         _check_layout(args)
         _check_sequence(args)
-        _check_tokenizer(args)
-        _check_data(args)
+        _check_data(args, _load_tokenizer(args))
         return _megatron_checks(args)
     except UserError as error:
         raise UserError(f"phase {phase_name}: {error}") from error
@@ -121,22 +123,27 @@ def _check_sequence(args):
         )
 
 
-def _check_tokenizer(args):
-    kind, model = args.tokenizer_type, args.tokenizer_model
-    remedy = "train one with tools/train_tokenizer.py or name a Hugging Face tokenizer folder"
-    if kind is None:
-        raise UserError(f"--tokenizer-type is missing: {remedy}")
-    if kind.startswith("Null"):
-        if not args.vocab_size:
-            raise UserError(f"--vocab-size is missing: --tokenizer-type {kind} has no file to read it from")
-    elif model is None or not Path(model).exists():
-        raise UserError(f"--tokenizer-model {model} does not exist: {remedy}")
+def _load_tokenizer(args):
+    if args.tokenizer_type is None:
+        raise UserError(
+            "--tokenizer-type is missing: train a tokenizer with tools/train_tokenizer.py "
+            "or name a Hugging Face tokenizer folder"
+        )
+    if args.tokenizer_type.startswith("Null") and not args.vocab_size:
+        raise UserError(
+            f"--vocab-size is missing: --tokenizer-type {args.tokenizer_type} has no file to read it from"
+        )
+    quiet = copy(args)
+    quiet.pad_vocab_size = False  # Megatron would log the padding
+    tokenizer = load_tokenizer(quiet)
+    args.padded_vocab_size = vocab_size_with_padding(tokenizer.vocab_size, args, logging_enabled=False)
+    return tokenizer
 
 
-def _check_data(args):
+def _check_data(args, tokenizer):
     if not args.mock_data:
         args.split = args.split or "99,1,0"
-        validate_data_arguments(args)
+        validate_data_arguments(args, tokenizer)
 
 
 def _megatron_checks(args) -> CLSAConfig:

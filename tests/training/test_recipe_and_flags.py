@@ -60,7 +60,7 @@ def test_phases_flag_chooses_a_subset(tmp_path):
         (["--num-layers", "5"], ["--num-layers 5", "--num-self-decoder-layers"]),
         (["--distributed-backend", "nccl"], ["--distributed-backend nccl", "GPU"]),
         (["--transformer-impl", "transformer_engine"], ["--transformer-impl", "GPU"]),
-        (["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model", "does not exist"]),
+        (["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model is missing"]),
     ],
 )
 def test_bad_flag_is_refused_by_name(tmp_path, words, named):

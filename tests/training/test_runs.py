@@ -62,22 +62,3 @@ def test_a_run_cut_inside_a_phase_resumes_bitwise(whole_run, tmp_path):
     for expected, actual in zip(whole_run, metrics(tmp_path), strict=True):
         same = expected.keys() - NOT_COMPARED
         assert {key: actual[key] for key in same} == {key: expected[key] for key in same}
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--index-topk", "65"], ["--index-topk 65", "--seq-length 64"]),
-        (["--num-layers", "5"], ["--num-layers 5"]),
-        (["--num-attention-heads", "6", "--num-query-groups", "4"], ["--num-query-groups 4"]),
-        (["--sliding-windw", "8"], ["--sliding-windw", "--sliding-window"]),
-        (["--distributed-backend", "nccl"], ["--distributed-backend nccl", "GPU"]),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
-)
-def test_bad_flags_end_in_one_line_and_code_2(tmp_path, flags, words):
-    result = distill(tmp_path / "run", *flags)
-    assert result.returncode == 2, result.stderr[-2000:]
-    error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and all(word in error[0] for word in words), result.stderr[-2000:]
-    assert not (tmp_path / "run").exists()

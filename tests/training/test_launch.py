@@ -1,0 +1,83 @@
+"""Starting the ranks of one machine: who they are told to be, which exit code comes back, who ends whom."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from megatron_clsa.errors import UserError
+from megatron_clsa.training import launch
+
+RANK = "import os, sys, time, signal; rank = int(os.environ['RANK']); "
+
+
+def _ranks(body: str, count: int = 2) -> list[subprocess.Popen]:
+    return launch.start_ranks([sys.executable, "-c", RANK + body], count)
+
+
+def _code(body: str) -> int:
+    return launch.wait_for(_ranks(body))
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "body, code",
+    [
+        ("sys.exit(0)", 0),
+        ("sys.exit(2)", 2),
+        ("sys.exit(75)", 75),
+        ("sys.exit(rank * 7)", 1),
+        ("os.kill(os.getpid(), 9) if rank else sys.exit(0)", 1),
+    ],
+)
+def test_the_exit_code_is_the_ranks_own(body, code):
+    assert _code(body) == code
+
+
+def test_each_rank_knows_its_place(tmp_path):
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+    body = f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join(os.environ[n] for n in '{names}'.split()))"
+    assert _code(body) == 0
+    first, second = ((tmp_path / str(rank)).read_text().split() for rank in range(2))
+    assert (first[:4], second[:4]) == (["0", "0", "2", "2"], ["1", "1", "2", "2"])
+    assert first[4:] == second[4:]
+
+
+def test_a_failed_rank_ends_those_that_wait_for_it(monkeypatch):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.2)
+    started = time.monotonic()
+    assert _code("sys.exit(3) if rank else time.sleep(20)") == 1
+    assert time.monotonic() - started < 10
+
+
+def test_a_signal_reaches_every_rank():
+    ranks = _ranks(
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(20)"
+    )
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert launch.wait_for(ranks) == 75
+    assert [rank.returncode for rank in ranks] == [75, 75]
+
+
+@pytest.mark.parametrize(
+    "words", [["--nproc-per-node", "3", "--lr", "1"], ["--lr", "1", "--nproc-per-node=3"]]
+)
+def test_the_flag_is_taken_out_of_the_command_line(words):
+    assert launch.take_ranks(words) == (3, ["--lr", "1"])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", ""])
+def test_a_number_of_ranks_that_is_none_is_refused(value):
+    with pytest.raises(UserError, match="--nproc-per-node"):
+        launch.take_ranks(["--nproc-per-node", value])
