@@ -1,0 +1,56 @@
+"""Time every kernel against its peers on this machine and write docs/results/kernels.json; see --help."""
+
+import argparse
+import importlib
+import pkgutil
+import shlex
+import sys
+
+import bench
+import torch
+from bench.harness import FAMILIES, Settings, measure, merge_rows
+
+from megatron_clsa.errors import UserError, one_line_errors
+
+
+def _load_families() -> None:
+    """Import every module of tools/bench: each registers its family."""
+    for module in pkgutil.iter_modules(bench.__path__):
+        importlib.import_module(f"bench.{module.name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", help=f"of {', '.join(sorted(FAMILIES))} (all)")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], metavar="TOKENS")
+    parser.add_argument("--seconds", type=float, default=0.5, help="timed seconds a side of a case (0.5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="docs/results/kernels.json", help="rows of other metrics stay")
+    return parser
+
+
+def _show(row: dict) -> None:
+    peer = f"{row['peer']} {row['peer_value']}  ratio {row['ratio']}" if row["peer"] else "no peer"
+    memory = f"  peak {row['peak_memory_mib']} MiB" if row["peak_memory_mib"] is not None else ""
+    print(f"{row['metric']}  {row['value']}  ({peer}; ceiling {row['ceiling']}){memory}", flush=True)
+
+
+@one_line_errors
+def main() -> None:
+    _load_families()
+    args = _parser().parse_args()
+    names = args.only or sorted(FAMILIES)
+    if unknown := [name for name in names if name not in FAMILIES]:
+        raise UserError(f"--only {unknown[0]} is no family; choose from {', '.join(sorted(FAMILIES))}")
+    settings = Settings(tuple(args.lengths), args.seconds, torch.device(args.device))
+    command = "python tools/bench_kernels.py " + shlex.join(sys.argv[1:])
+    for name in names:
+        for case in FAMILIES[name](settings):
+            rows = measure(case, settings, command.strip())
+            for row in rows:
+                _show(row)
+            merge_rows(args.out, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
