@@ -19,6 +19,7 @@ MODEL_LAYER = {"model", "distill", "data", "convert", "inference", "estimate"}
 ALLOWED = {
     "kernels": set(),
     "hf": {"kernels", "hf"},
+    "evaluate": {"evaluate", "hf", "kernels"} | SHARED,
     "parallel": {"parallel", "kernels"} | SHARED,
     "config": SHARED | {"parallel"},
     "errors": set(),

@@ -66,6 +66,8 @@ def _patch_placement():
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.set_device = lambda *args, **kwargs: None
     torch.cuda.device_count = lambda: 1
+    # DeepSpeed, which transformers imports where it is installed, makes torch ask device_count instead.
+    torch.cuda.is_available = lambda: False
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self

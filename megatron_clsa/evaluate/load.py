@@ -1,0 +1,113 @@
+"""Opens what is to be evaluated: a Hugging Face folder (CLSA or any causal LM) and the texts.
+
+Owns the checks of these inputs, each one line that names the flag. A Megatron checkpoint is exported into
+a temporary folder first, which checkpoint.py does.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_clsa.errors import UserError
+from megatron_clsa.hf import CLSAForCausalLM
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its tokenizer (None if the folder has none and no task needs one)."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    folder: Path
+
+    @property
+    def is_clsa(self) -> bool:
+        return self.model.config.model_type == "clsa"
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """With the beginning-of-sequence token, where the tokenizer puts one."""
+        return self.tokenizer.encode(text)
+
+
+def open_folder(folder: Path, dtype: str, device: str) -> Subject:
+    """Load a model for evaluation. A CLSA folder runs with this package's code, not with its own.
+
+    Raises:
+        UserError: naming --model, --device or --dtype.
+    """
+    kind = _model_type(folder)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no GPU is visible; use --device cpu")
+    cls = CLSAForCausalLM if kind == "clsa" else AutoModelForCausalLM
+    try:
+        model, info = cls.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True)
+        # with the config, or it would ask whether to trust the code of the folder
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)
+    except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
+        raise UserError(f"--model {folder} cannot be loaded: {_first_line(error)}") from error
+    if lost := sorted(info["missing_keys"]) or sorted(info["mismatched_keys"]):
+        raise UserError(f"--model {folder} lacks weights, {len(lost)} of them, such as {lost[0]}")
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        raise UserError(
+            f"--model {folder}: its tokenizer has {len(tokenizer)} ids, its model "
+            f"{model.get_input_embeddings().num_embeddings}: they do not belong together"
+        )
+    return Subject(model.eval().to(device), tokenizer, folder)
+
+
+def _model_type(folder: Path) -> str:
+    config = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"--model {folder} is no folder; give a Hugging Face folder or a checkpoint")
+    if not config.is_file():
+        raise UserError(
+            f"--model {folder} has no config.json; give a Hugging Face folder, or a Megatron checkpoint "
+            "folder (which has latest_checkpointed_iteration.txt)"
+        )
+    try:
+        return json.loads(config.read_text())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model {folder}: its config.json names no model_type ({error})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_texts(files: list[Path], key: str) -> list[str]:
+    """Documents of plain text files (one each) and of JSONL files (one a line, under `key`)."""
+    texts = []
+    for path in files:
+        try:
+            content = path.read_bytes().decode()
+        except OSError as error:
+            raise UserError(f"--text {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--text {path} is not UTF-8 text (byte {error.start})") from error
+        if path.suffix != ".jsonl":
+            texts.append(content)
+            continue
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                texts.append(_line_text(line, key, f"--text {path}:{number}"))
+    return texts
+
+
+def _line_text(line: str, key: str, where: str) -> str:
+    try:
+        text = json.loads(line)[key]
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: no key '{key}'; name the text's key with --json-key") from error
+    if not isinstance(text, str):
+        raise UserError(f"{where}: '{key}' is no string; name the text's key with --json-key")
+    return text
