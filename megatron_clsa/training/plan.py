@@ -6,10 +6,11 @@ Recipe, flags and OUT/run.json together. Owns the run's state file and the cover
 import json
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_clsa.config import CLSAConfig
+from megatron_clsa.convert.architecture import Architecture, check_same_architecture, read_architecture
 from megatron_clsa.errors import UserError
 from megatron_clsa.training.arguments import parse_phase
 from megatron_clsa.training.checkpoint import Origin, newest_step
@@ -139,3 +140,17 @@ def check_gate(run: PhaseRun, state: RunState, ignore: bool) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def check_origin(origin: Origin, run: PhaseRun) -> None:
+    """Refuse a checkpoint of another architecture before anything is started.
+
+    Raises:
+        UserError: naming the field that differs; also if the folder holds no CLSA checkpoint.
+    """
+    if origin.folder is None:
+        return
+    config = run.config
+    wanted = {f.name: getattr(config, f.name) for f in fields(Architecture) if hasattr(config, f.name)}
+    wanted["tie_embeddings"] = not run.args.untie_embeddings_and_output_weights
+    check_same_architecture(read_architecture(origin.folder), wanted, origin.folder)

@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import socket
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,9 +19,10 @@ import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.global_vars import get_signal_handler, set_global_variables
+from megatron.training.global_vars import get_signal_handler, get_tokenizer, set_global_variables
 from megatron.training.training import destroy_global_state
 
+from megatron_clsa.convert.architecture import Architecture, check_same_architecture, read_architecture
 from megatron_clsa.data.provider import train_valid_test_datasets_provider
 from megatron_clsa.model.builder import CLSAModelConfig
 from megatron_clsa.parallel.cpu import patch_training, wrap_training
@@ -28,7 +30,7 @@ from megatron_clsa.training.arguments import parse_command
 from megatron_clsa.training.checkpoint import Origin, load_moments
 from megatron_clsa.training.evaluation import Evaluation
 from megatron_clsa.training.metrics import MetricsFile, StepRecorder
-from megatron_clsa.training.plan import PhaseRun, RunPlan, check_gate, make_plan
+from megatron_clsa.training.plan import PhaseRun, RunPlan, check_gate, check_origin, make_plan
 from megatron_clsa.training.recipe import load_recipe
 from megatron_clsa.training.step import TrainingStep
 
@@ -42,6 +44,7 @@ def main(words: list[str]) -> int:
     plan = make_plan(recipe, command, words)
     for run in plan.runs[:1]:
         check_gate(run, plan.state, plan.ignore_gate)
+        check_origin(run.origin(plan.state, plan.checkpoints), run)
     return run_phases(plan)
 
 
@@ -88,6 +91,7 @@ def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
     try:
         _announce(run, origin)
         set_global_variables(run.args)
+        _record_architecture(run, origin)
         _pretrain(run, evaluation, store)
         # A signal that came after the last step's check: the phase is complete, the run is not.
         stopped = any(get_signal_handler().signals_received())
@@ -100,6 +104,23 @@ def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
         return None
     finally:
         _tear_down()
+
+
+def _record_architecture(run: PhaseRun, origin: Origin):
+    """Refuse weights of another model, now with the tokenizer known; say beside ours what they are."""
+    args = get_args()
+    architecture = Architecture.of(
+        run.config,
+        vocab_size=get_tokenizer().vocab_size,
+        tie_embeddings=not args.untie_embeddings_and_output_weights,
+        max_position_embeddings=args.max_position_embeddings,
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=str(Path(args.tokenizer_model).resolve()) if args.tokenizer_model else None,
+    )
+    if origin.folder is not None:
+        check_same_architecture(read_architecture(origin.folder), asdict(architecture), origin.folder)
+    if args.rank == 0:
+        architecture.write(run.folder)
 
 
 def _pretrain(run: PhaseRun, evaluation: Evaluation, store: dist.Store):

@@ -1,0 +1,207 @@
+"""Writes a Hugging Face folder: weights shard by shard, config, the model's own code, tokenizer, card.
+
+Owns the folder's content and the rule that it appears whole or not at all. Peak memory: one output shard and
+the largest tensor.
+"""
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_clsa.convert.architecture import Architecture
+from megatron_clsa.convert.card import model_card
+from megatron_clsa.convert.checkpoint import TorchDistReader
+from megatron_clsa.convert.names import Entry, entries
+from megatron_clsa.convert.tokenizer import write_tokenizer
+from megatron_clsa.errors import UserError
+
+CODE_FILES = ("configuration_clsa.py", "modeling_clsa.py", "layers_clsa.py", "attention_clsa.py")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the user chooses.
+
+    Attributes:
+        dtype: of the written weights; None keeps the checkpoint's.
+        max_shard_bytes: upper limit of a safetensors file, unless one tensor alone is larger.
+        tokenizer: folder or SentencePiece file; None writes no tokenizer.
+        run: folder of the training run, for the model card.
+    """
+
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = 5 * 10**9
+    tokenizer: Path | None = None
+    run: Path | None = None
+
+
+def check_tensors(reader: TorchDistReader, arch: Architecture) -> list[Entry]:
+    """The name table of `arch`, once every tensor is known to be there in its shape.
+
+    Raises:
+        UserError: naming the first tensor that is missing, has another shape or is not the model's.
+    """
+    table, shapes = list(entries(arch)), reader.shapes()
+    for entry in table:
+        found = shapes.pop(entry.megatron, None)
+        if found is None:
+            raise UserError(f"{reader.folder} lacks {entry.megatron}: not the model that its clsa.json tells")
+        rows_fit = found[0] >= entry.shape[0] if entry.padded else found[0] == entry.shape[0]
+        if not rows_fit or found[1:] != entry.shape[1:]:
+            raise UserError(
+                f"{reader.folder}: {entry.megatron} has shape {list(found)}, its clsa.json tells "
+                f"{list(entry.shape)}"
+            )
+    if shapes:
+        raise UserError(f"{reader.folder} holds {min(shapes)}, which a CLSA model does not have")
+    return table
+
+
+def export(
+    reader: TorchDistReader,
+    arch: Architecture,
+    out: Path,
+    options: ExportOptions,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Fill the existing folder `out`, which the caller makes visible. `progress(bytes written, of all)`."""
+    table = check_tensors(reader, arch)
+    ids = write_tokenizer(options.tokenizer, out, arch.vocab_size) if options.tokenizer else {}
+    dtype = options.dtype or reader.dtype(table[0].megatron)
+    _write_json(out / "config.json", hf_config(arch, dtype, ids))
+    _write_json(out / "generation_config.json", {"_from_model_config": True, "do_sample": False} | ids)
+    code = Path(importlib.util.find_spec("megatron_clsa").origin).parent / "hf"
+    for name in CODE_FILES:
+        shutil.copyfile(code / name, out / name)
+    (out / "README.md").write_text(model_card(arch, options.run))
+    _write_weights(reader, table, out, dtype, options.max_shard_bytes, progress)
+
+
+def hf_config(arch: Architecture, dtype: torch.dtype, token_ids: dict[str, int]) -> dict:
+    """`config.json` (design: docs/convert.md). `layer_types` tells transformers' caches what to keep."""
+    cross = arch.num_layers - arch.num_self_decoder_layers
+    return {
+        "model_type": "clsa",
+        "architectures": ["CLSAForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_clsa.CLSAConfig",
+            "AutoModel": "modeling_clsa.CLSAModel",
+            "AutoModelForCausalLM": "modeling_clsa.CLSAForCausalLM",
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_self_decoder_layers": arch.num_self_decoder_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "head_dim": arch.kv_channels,
+        "hidden_act": "silu",
+        "rms_norm_eps": arch.layernorm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(arch.rotary_base)},
+        "sliding_window": arch.sliding_window,
+        "attention_bias": False,
+        "use_qk_norm": arch.qk_layernorm,
+        "cross_qk_norm": arch.cross_qk_norm,
+        "index_head_dim": arch.index_head_dim,
+        "index_topk": arch.index_topk,
+        "index_qk_norm": arch.index_qk_norm,
+        "max_position_embeddings": arch.max_position_embeddings,
+        "tie_word_embeddings": arch.tie_embeddings,
+        "initializer_range": arch.init_method_std,
+        "layer_types": ["sliding_attention"] * arch.num_self_decoder_layers
+        + ["deepseek_sparse_attention"] * cross,
+        "num_kv_shared_layers": cross - 1,
+        **token_ids,
+    }
+
+
+def _write_weights(reader, table, out: Path, dtype, limit: int, progress) -> None:
+    total = sum(torch.Size(entry.shape).numel() for entry in table) * dtype.itemsize
+    shards = _shard_sizes(table, dtype.itemsize, limit)
+    index, done = {}, 0
+    tensors = _hf_tensors(reader, table, dtype)
+    for number, count in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = dict(next(tensors) for _ in range(count))
+        save_file(shard, out / name, metadata={"format": "pt"})
+        (out / name).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        index |= dict.fromkeys(shard, name)
+        done += sum(tensor.nbytes for tensor in shard.values())
+        progress(done, total)
+    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": done}, "weight_map": index})
+
+
+def _hf_tensors(reader, table: list[Entry], dtype) -> Iterator[tuple[str, Tensor]]:
+    for entry in table:
+        parts = entry.split(reader.read(entry.megatron))
+        for name, part in zip(entry.hf, parts, strict=True):
+            yield name, part.to(dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _shard_sizes(table: list[Entry], itemsize: int, limit: int) -> list[int]:
+    """How many tensors each file takes, in order."""
+    counts, used = [0], 0
+    for entry in table:
+        parts = entry.split(torch.empty(entry.shape, device="meta"))
+        for size in (part.numel() * itemsize for part in parts):
+            if counts[-1] and used + size > limit:
+                counts.append(0)
+                used = 0
+            counts[-1] += 1
+            used += size
+    return counts
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place if the block ends well, and goes if not.
+
+    Raises:
+        UserError: if `out` exists and `force` is not given, or the disk is full.
+    """
+    if out.exists() and not force:
+        raise UserError(f"{out} exists: give another folder, or --force to replace it")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.exists():
+            replaced = out.with_name(f".{out.name}.{os.getpid()}.replaced")
+            out.rename(replaced)
+            temporary.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(out)
+    except Exception as error:
+        if _disk_full(error):
+            raise UserError(f"{out.parent} is full: nothing was written; free some space") from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _disk_full(error: Exception) -> bool:
+    """safetensors reports the system's errors as text."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
