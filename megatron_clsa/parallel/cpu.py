@@ -166,7 +166,7 @@ def patch_training():
     datasets = import_module("megatron.core.datasets.utils")
     if not torch.cuda.is_available():
         training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
-        # Warms up compiled kernels of two fusions that are off on the CPU: 13 s and a C++ compiler for nothing.
+        # It compiles two fusions that are off on the CPU: many seconds, and a C++ compiler is asked for.
         training.set_jit_fusion_options = lambda **named: None
     # The wheel ships the compiled dataset helpers without the Makefile that pretrain insists on running.
     datasets.compile_helpers = lambda: None
@@ -175,8 +175,9 @@ def patch_training():
 def wrap_training(name: str, around: Callable | None):
     """Call `around(original, ...)` in place of a function of `megatron.training.training`; None undoes it.
 
-    Two have no hook upstream: `training_log`, the one place that sees every figure of a step, and
-    `load_checkpoint`, which cannot keep the optimizer's moments and restart the schedule.
+    Three have no hook upstream: `training_log`, the one place that sees every figure of a step, `train`,
+    which never evaluates before its first step, and `load_checkpoint`, which cannot keep the optimizer's
+    moments and restart the schedule.
     """
     training = import_module("megatron.training.training")
     original = getattr(getattr(training, name), "original", getattr(training, name))

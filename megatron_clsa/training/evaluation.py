@@ -1,7 +1,8 @@
 """What a validation pass measures beside the loss: coverage of the index, and the other attention's loss.
 
-Owns recording the batches of one evaluation, probing them and running them again with dense (or sparse)
-cross-attention, so that the two losses differ by the attention alone. What a figure means: distill/probe.py.
+Owns keeping a phase's validation batches, probing them and running them again with dense (or sparse)
+cross-attention. All evaluations of a phase see the same batches, the first before its first step, so that
+two losses differ by the training, or the attention, alone. What a figure means: distill/probe.py.
 """
 
 from functools import partial
@@ -11,10 +12,17 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
+from megatron.training.training import (
+    disable_forward_pre_hook,
+    enable_forward_pre_hook,
+    evaluate_and_print_results,
+    should_disable_forward_pre_hook,
+)
 from megatron.training.utils import is_last_rank
 from torch import Tensor
 
 from megatron_clsa.config import CLSAConfig
+from megatron_clsa.data.provider import get_batch
 from megatron_clsa.distill.probe import AttentionProbe
 from megatron_clsa.model.forward_mode import ForwardMode
 from megatron_clsa.training.metrics import MetricsFile, PhasePosition
@@ -41,19 +49,23 @@ class Evaluation:
         self.last: dict[
             str, float
         ] = {}  # figures of the newest evaluation, the same on every rank but the losses
-        self._forget()
+        self.batches: dict[int | None, list[dict]] = {}  # by virtual pipeline stage, kept for the phase
+        self._start()
 
-    def _forget(self):
-        self.batches: dict[int | None, list[dict]] = {}  # by virtual pipeline stage
+    def _start(self):
+        self.taken: dict[int | None, int] = {}  # microbatches of the current evaluation so far
         self.probes: list[AttentionProbe] = []
         self.totals = torch.zeros(2, dtype=torch.float64)
 
-    def forward_step(self, batch: dict, model):
+    def forward_step(self, data_iterator, model):
         """One microbatch of Megatron's evaluation: with the phase's own attention, and a probe."""
-        recorded = self.batches.setdefault(get_attr_wrapped_model(model, "vp_stage"), [])
-        recorded.append(batch)
-        mode = ForwardMode(self.config.cross_attention, probe=self._probe(len(recorded) - 1, model))
-        return self._forward(batch, model, mode)
+        stage = get_attr_wrapped_model(model, "vp_stage")
+        kept, number = self.batches.setdefault(stage, []), self.taken.get(stage, 0)
+        if number == len(kept):
+            kept.append(get_batch(data_iterator, stage))
+        self.taken[stage] = number + 1
+        mode = ForwardMode(self.config.cross_attention, probe=self._probe(number, model))
+        return self._forward(kept[number], model, mode)
 
     def _probe(self, microbatch: int, model) -> AttentionProbe:
         """One probe a microbatch, shared by the model chunks of this rank."""
@@ -84,7 +96,7 @@ class Evaluation:
         parts = [probe.finish() for probe in self.probes]
         figures |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         self.last = figures
-        self._forget()
+        self._start()
         step = args.curr_iteration + 1
         if is_last_rank():
             self.file.append(self.position.at(step) | figures)
@@ -108,7 +120,7 @@ class Evaluation:
         }
 
     def _replay(self, model: list, mode: ForwardMode) -> None:
-        """The recorded batches once more, through the same pipeline schedule."""
+        """The kept batches once more, through the same pipeline schedule."""
         args = get_args()
         replays = [iter(self.batches[get_attr_wrapped_model(chunk, "vp_stage")]) for chunk in model]
         get_forward_backward_func()(
@@ -120,3 +132,29 @@ class Evaluation:
             micro_batch_size=args.eval_micro_batch_size,
             forward_only=True,
         )
+
+
+def evaluate_on_entry(
+    train, forward_step, model, optimizer, scheduler, data, valid_data, other, config, *rest, **named
+):
+    """Around Megatron's `train`: evaluate before a phase's first step. Upstream begins after some steps."""
+    args = get_args()
+    if args.do_valid and args.iteration == 0:
+        args.curr_iteration = -1
+        hooked = should_disable_forward_pre_hook(args)
+        if hooked:
+            disable_forward_pre_hook(model, optimizer=optimizer)
+        evaluate_and_print_results(
+            "iteration 0",
+            forward_step,
+            valid_data,
+            model,
+            0,
+            other,
+            config,
+            non_loss_data_func=rest[1],
+            **named,
+        )
+        if hooked:
+            enable_forward_pre_hook(model)
+    return train(forward_step, model, optimizer, scheduler, data, valid_data, other, config, *rest, **named)

@@ -28,21 +28,27 @@ class MetricsFile:
         finally:
             os.close(descriptor)
 
-    def truncate(self, last_step: int):
-        """Drop what an earlier run wrote beyond `last_step`: those steps are about to be taken again."""
+    def truncate(self, position: dict):
+        """Drop what an earlier run wrote beyond a position: it is about to be written again.
+
+        Args:
+            position: fields of the last step taken; `phase_step` 0 drops all lines of that phase.
+        """
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last_step]
+        kept = [line for line in self.path.read_text().splitlines() if not _is_after(line, position)]
         whole = self.path.with_suffix(".tmp")
         whole.write_text("".join(line + "\n" for line in kept))
         whole.replace(self.path)
 
 
-def _step_of(line: str) -> float:
+def _is_after(line: str, position: dict) -> bool:
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        entered_again = record["phase"] == position["phase"] and position["phase_step"] == 0
+        return record["step"] > position["step"] or entered_again
     except (ValueError, KeyError, TypeError):
-        return math.inf  # cut by a kill
+        return True  # cut by a kill
 
 
 def _plain(value):

@@ -28,7 +28,7 @@ from megatron_clsa.model.builder import CLSAModelConfig
 from megatron_clsa.parallel.cpu import patch_training, wrap_training
 from megatron_clsa.training.arguments import parse_command
 from megatron_clsa.training.checkpoint import Origin, load_moments
-from megatron_clsa.training.evaluation import Evaluation
+from megatron_clsa.training.evaluation import Evaluation, evaluate_on_entry
 from megatron_clsa.training.metrics import MetricsFile, StepRecorder
 from megatron_clsa.training.plan import PhaseRun, RunPlan, check_gate, check_origin, make_plan
 from megatron_clsa.training.recipe import load_recipe
@@ -84,8 +84,9 @@ def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
     origin.apply(run.args, run.folder)
     file = MetricsFile(plan.metrics)
     if run.args.rank == run.args.world_size - 1:
-        file.truncate(run.position.first_step + origin.step)
+        file.truncate(run.position.at(origin.step))
     evaluation = Evaluation(run.config, file, run.position)
+    wrap_training("train", evaluate_on_entry)
     wrap_training("training_log", StepRecorder(file, run.position))
     wrap_training("load_checkpoint", load_moments if origin.moments else None)
     try:
@@ -145,6 +146,7 @@ def _pretrain(run: PhaseRun, evaluation: Evaluation, store: dist.Store):
 
 def _without_test_set(num_samples: list[int], vp_stage: int | None = None):
     """Training and validation data; a test set is for when training is over."""
+    get_args().consumed_valid_samples = 0  # every evaluation sees the same sequences, after a resume too
     train, valid, _ = train_valid_test_datasets_provider(num_samples, vp_stage)
     return train, valid, None
 

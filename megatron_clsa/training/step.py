@@ -23,9 +23,9 @@ class TrainingStep:
         self.config, self.evaluation = config, evaluation
 
     def __call__(self, data_iterator, model):
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         if not model.training:
-            return self.evaluation.forward_step(batch, model)
+            return self.evaluation.forward_step(data_iterator, model)
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         mode = ForwardMode.from_config(self.config, training=True)
         return run_stage(model, batch, mode), partial(loss_parts, batch["loss_mask"], mode.report)
 

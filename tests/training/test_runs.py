@@ -39,6 +39,14 @@ def test_every_step_and_evaluation_logs_its_fields(whole_run):
     assert all(line.keys() >= EVALUATION_FIELDS for line in evaluations)
 
 
+def test_a_phase_is_first_evaluated_where_the_one_before_ended(whole_run):
+    """On the same sequences, so that any difference would be the weights'."""
+    ends = {line["phase"]: line for line in whole_run if "valid_lm_loss" in line}
+    starts = {line["phase"]: line for line in whole_run if "valid_lm_loss" in line and not line["phase_step"]}
+    assert starts["warmup"]["valid_lm_loss"] == ends["dense"]["valid_lm_loss"]
+    assert starts["sparse"]["valid_lm_loss_dense"] == ends["warmup"]["valid_lm_loss_dense"]
+
+
 @pytest.mark.parametrize(
     "ranks, flags",
     [(2, ["--tensor-model-parallel-size", "2"]), (2, ["--context-parallel-size", "2"])],
