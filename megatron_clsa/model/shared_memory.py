@@ -118,7 +118,10 @@ def _gather_context(kv: Tensor, k_idx: Tensor | None, cp_group, head_dim: int):
     """One all-gather over context-parallel ranks moves K, V and K_idx together."""
     parts = [kv] if k_idx is None else [kv, k_idx]
     gathered = gather_sequence(torch.cat(parts, dim=-1) if len(parts) > 1 else kv, cp_group)
+    frozen = not kv.requires_grad
     kv, *rest = gathered.split([part.size(-1) for part in parts], dim=-1)
+    if frozen:  # beside K_idx, which trains, they would start a backward pass through every cross layer
+        kv = kv.detach()
     key, value = kv.unflatten(-1, (-1, 2, head_dim)).transpose(0, 1).unbind(3)
     return key, value, rest[0].transpose(0, 1) if rest else None
 

@@ -49,6 +49,8 @@ WITHOUT_GPU = {
     "no_bias_dropout_fusion": True,
     "no_bias_swiglu_fusion": True,
 }
+# A plan is for GPUs with Transformer Engine; RoPE's fusion costs no memory and asks for the real thing.
+PLANNING = {"no_rope_fusion": True}
 # Phases decide these, so that a run can be stopped and resumed anywhere.
 DECIDED_BY_RUN = {
     "save": "--out",
@@ -113,15 +115,43 @@ def _add_run_group(parser: argparse.ArgumentParser):
     )
     group.add_argument("--phases", metavar="A,B", help="Run only these phases of the recipe. Default: all.")
     group.add_argument(
+        "--dry-run",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="RANKS",
+        help="Print parameters, memory by rank, FLOPs, bytes over each link, predicted speed and days for "
+        "that many ranks (default: --nproc-per-node or the launcher's), and exit. Needs no data and no GPU.",
+    )
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="X",
+        help="16-bit TFLOP/s of one GPU, for MFU. Default: by the GPU's name; without one, an H100's 989.",
+    )
+    group.add_argument(
+        "--assumed-efficiency",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="--dry-run: share of the peak that kernels reach while they run. Default: 0.5.",
+    )
+    group.add_argument(
         "--ignore-coverage-gate",
         action="store_true",
         help="Enter a phase although the index covers less than the recipe's minimum_coverage.",
     )
 
 
+def _run_options() -> argparse.Namespace:
+    parser = Parser(add_help=False)
+    _add_run_group(parser)
+    return parser.parse_args(["--config", ""])
+
+
 def recipe_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Keys that a recipe may hold: every long flag but the run's own, dashes as underscores."""
-    own = {"help", "config", "out", "nproc_per_node", "phases", "ignore_coverage_gate"}
+    own = {"help", *vars(_run_options())}
     return {
         flag[2:].replace("-", "_"): action
         for flag, action in parser._option_string_actions.items()
@@ -150,8 +180,10 @@ def parse_phase(recipe: Recipe, phase: Phase, command_line: list[str], ranks: in
     options = recipe_options(parser)
     for settings in (recipe.settings, phase.settings):
         _refuse_decided(settings, recipe)
+    planning = parse_command(command_line).dry_run is not None
+    defaults = PLANNING if planning else platform_defaults()
     words = [
-        *flag_words(HOUSE_DEFAULTS | platform_defaults(), options, recipe.path),
+        *flag_words(HOUSE_DEFAULTS | defaults, options, recipe.path),
         *flag_words(recipe.settings, options, recipe.path),
         *flag_words(phase.settings, options, recipe.path),
         *command_line,

@@ -22,10 +22,10 @@ from megatron_clsa.training.validation import validate_phase
 class RunState:
     """OUT/run.json: the complete phases with their steps, tokens and last figures, keyed by name."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
         self.complete: dict[str, dict] = {}
-        if path.is_file():
+        if path is not None and path.is_file():
             try:
                 self.complete = json.loads(path.read_text())["complete"]
             except (ValueError, KeyError, TypeError) as error:
@@ -95,7 +95,8 @@ def make_plan(recipe: Recipe, command: Namespace, words: list[str], ranks: int |
         words: the whole command line, which overrides the recipe.
     """
     out = Path(command.out or Path("runs") / recipe.path.stem)
-    plan = RunPlan(out, RunState(out / "run.json"), [], command.ignore_coverage_gate)
+    state = RunState(out / "run.json" if command.dry_run is None else None)
+    plan = RunPlan(out, state, [], command.ignore_coverage_gate)
     chosen = recipe.choose(command.phases)
     step = tokens = 0
     previous = None

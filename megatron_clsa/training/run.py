@@ -28,6 +28,7 @@ from megatron_clsa.model.builder import CLSAModelConfig
 from megatron_clsa.parallel.cpu import patch_training, wrap_training
 from megatron_clsa.training.arguments import parse_command
 from megatron_clsa.training.checkpoint import Origin, load_moments
+from megatron_clsa.training.dry_run import dry_run
 from megatron_clsa.training.evaluation import Evaluation, evaluate_on_entry
 from megatron_clsa.training.metrics import MetricsFile, StepRecorder
 from megatron_clsa.training.plan import PhaseRun, RunPlan, check_gate, check_origin, make_plan
@@ -41,6 +42,8 @@ def main(words: list[str]) -> int:
     """Everything that `examples/distill.py` does. Returns the exit code; bad input raises `UserError`."""
     command = parse_command(words)
     recipe = load_recipe(command.config)
+    if command.dry_run is not None:
+        return dry_run(recipe, command, words)
     plan = make_plan(recipe, command, words)
     for run in plan.runs[:1]:
         check_gate(run, plan.state, plan.ignore_gate)

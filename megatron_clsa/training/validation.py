@@ -39,10 +39,13 @@ def validate_phase(args, phase_name: str) -> CLSAConfig:
     """
     try:
         _check_required(args)
-        _check_platform(args)
         _check_layout(args)
         _check_sequence(args)
-        _check_data(args, _load_tokenizer(args))
+        if args.dry_run is None:
+            _check_platform(args)
+            _check_data(args, _load_tokenizer(args))
+        else:
+            _set_vocabulary(args)
         return _megatron_checks(args)
     except UserError as error:
         raise UserError(f"phase {phase_name}: {error}") from error
@@ -138,6 +141,16 @@ def _load_tokenizer(args):
     tokenizer = load_tokenizer(quiet)
     args.padded_vocab_size = vocab_size_with_padding(tokenizer.vocab_size, args, logging_enabled=False)
     return tokenizer
+
+
+def _set_vocabulary(args):
+    """A plan needs the size of the vocabulary only; --vocab-size stands in for a tokenizer."""
+    if args.tokenizer_model is None and not args.vocab_size:
+        raise UserError("--vocab-size or --tokenizer-model is missing: --dry-run needs the vocabulary's size")
+    if args.tokenizer_model is not None:
+        _load_tokenizer(args)
+        return
+    args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args, logging_enabled=False)
 
 
 def _check_data(args, tokenizer):
