@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from megatron.training.global_vars import get_timers
 from megatron.training.utils import is_last_rank, reduce_max_stat_across_model_parallel_group
 
@@ -116,5 +117,6 @@ class StepRecorder:
                 "learning_rate": rate and float(f"{rate:.6g}"),  # it was reduced in fp32
                 "tokens_per_second": self.position.tokens_per_step / max(step_time, 1e-9),
                 "step_time": step_time,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
             }
         )
