@@ -1,1 +1,1 @@
-"""What a run costs, by formula: parameters, memory, FLOPs, bytes over each link. Builds and measures nothing."""
+"""What a run costs, by formula: parameters, memory, FLOPs, bytes over links. Builds and measures nothing."""

@@ -54,7 +54,7 @@ def replicated_gradients(run: RunShape, stage: Stage) -> float:
 
 
 def context(run: RunShape, stage: Stage) -> float:
-    """CP, one microbatch: the memory once a stage, the halo (or a short sequence's keys) once a window layer."""
+    """CP, one microbatch: the memory once a stage, once a window layer its halo (or all keys)."""
     if run.cp == 1:
         return 0.0
     c, e = run.config, run.dtype_bytes

@@ -12,7 +12,7 @@ WORKSPACE = 64 << 20  # cuBLAS and the optimizer's scalars
 
 
 def norm(run: RunShape) -> float:
-    """Bytes an element that a norm and the linear after it keep: its input (local: widened) and its output."""
+    """Bytes an element that a norm and the linear after it keep: its input (local: widened) and output."""
     return (4 if run.backend == "local" else run.dtype_bytes) + run.dtype_bytes
 
 
@@ -30,7 +30,7 @@ def mlp(run: RunShape) -> float:
 
 
 def attention_output(run: RunShape) -> int:
-    """How often the output of attention is kept: the output projection wants `[s, b, ..]`, kernels `[b, s, ..]`."""
+    """How often attention's output is kept: kernels give `[b, s, ..]`, the projection wants `[s, b, ..]`."""
     return 1 if run.micro_batch == 1 else 2
 
 

@@ -1,6 +1,6 @@
 """How long a step should take, from its FLOPs, its bytes and what is assumed of the machine.
 
-Owns the assumptions, each a named number, and one formula. Nothing overlaps in it, so it errs to the slow side:
+Owns the assumptions, each a named number, and one formula. Nothing overlaps in it: it errs to the slow side.
 
     seconds = FLOPs / (ranks * peak * efficiency) / (1 - bubble) + bytes / bandwidth, summed over the links
     bubble  = (pp - 1) / (microbatches * chunks + pp - 1)

@@ -14,8 +14,6 @@ from megatron_clsa.estimate.speed import Machine, Prediction, peak_tflops_of, pr
 from megatron_clsa.training.plan import PhaseRun, RunPlan, make_plan
 from megatron_clsa.training.recipe import Recipe
 
-GIB = 2.0**30
-
 
 def dry_run(recipe: Recipe, command: Namespace, words: list[str]) -> int:
     """Print the plan of every chosen phase. Returns the exit code."""
@@ -59,32 +57,28 @@ def print_plan(plan: RunPlan, machine: Machine) -> None:
 
 
 def _print_head(shape: RunShape, machine: Machine) -> None:
-    parts = parameters.by_part(shape)
-    print(f"parameters: {parameters.total(shape):,}")
-    for name, part in parts.items():
+    print(f"parameters {parameters.total(shape):,}")
+    for name, part in parameters.by_part(shape).items():
         if part.total:
-            print(f"  {name:<16}{part.total:>20,}")
+            print(f"  {name:<24}{part.total:>20,}")
     print(
-        f"assumed: {machine.peak_tflops:.0f} TFLOP/s a GPU, {machine.efficiency:.0%} of it reached, links "
-        f"{machine.inside / 1e9:.0f} GB/s inside {machine.gpus_per_node} GPUs and {machine.between / 1e9:.0f} "
-        f"between, nothing overlapped; layers: {shape.backend}"
+        f"assumed: {machine.peak_tflops:.0f} TFLOP/s a GPU of which kernels reach {machine.efficiency:.0%}; "
+        f"{machine.inside / 1e9:.0f} GB/s inside {machine.gpus_per_node} GPUs, "
+        f"{machine.between / 1e9:.0f} GB/s beyond; no overlap; {shape.backend} layers"
     )
 
 
 def _print_phase(run: PhaseRun, shape: RunShape, prediction: Prediction) -> None:
     tokens = run.steps * shape.tokens
     print(
-        f"\nphase {run.phase.number} {run.phase.name}: {shape.global_batch} x {shape.seq_length} tokens a step, "
-        f"{run.steps:,} steps, {tokens / 1e9:,.2f} B tokens; {shape.ranks} ranks = TP {shape.tp} x PP {shape.pp} "
-        f"x CP {shape.cp} x DP {shape.dp}, {shape.microbatches} microbatches"
+        f"\nphase {run.phase.number} {run.phase.name}: {run.steps:,} steps of {shape.global_batch} x "
+        f"{shape.seq_length} tokens, {_count(tokens)} tokens\n"
+        f"  {shape.ranks} ranks = TP {shape.tp} x PP {shape.pp} x CP {shape.cp} x DP {shape.dp}, "
+        f"{shape.microbatches} microbatches of {shape.micro_batch}"
     )
     _print_memory(shape)
-    step = flops.of_step(shape)
-    total = sum(step.values())
-    parts = ", ".join(f"{name} {value / total:.1%}" for name, value in step.items())
-    print(f"  FLOPs a step: {total:.4g} ({parts})")
-    received = ", ".join(f"{link} {size / GIB:,.3f}" for link, size in links.of_step(shape).items())
-    print(f"  GiB a rank receives a step: {received}")
+    _print_parts("FLOPs a step", flops.of_step(shape), _count)
+    _print_parts("received by a rank a step", links.of_step(shape), _size)
     print(
         f"  predicted: {prediction.seconds:.3g} s a step, {prediction.tokens_per_second:,.0f} tokens/s, "
         f"MFU {prediction.mfu:.1%}, {prediction.seconds * run.steps / 86400:,.2f} days"
@@ -92,9 +86,26 @@ def _print_phase(run: PhaseRun, shape: RunShape, prediction: Prediction) -> None
 
 
 def _print_memory(shape: RunShape) -> None:
+    """The fullest rank by part, then the peak of every pipeline stage."""
     stages = [memory.of_stage(shape, rank) for rank in range(shape.pp)]
-    fullest = max(range(shape.pp), key=lambda rank: sum(stages[rank].values()))
-    parts = ", ".join(f"{name} {size / GIB:,.2f}" for name, size in stages[fullest].items())
-    by_rank = " ".join(f"{sum(stage.values()) / GIB:,.2f}" for stage in stages)
-    print(f"  GiB a rank, stage {fullest}: {parts}")
-    print(f"  peak GiB by pipeline stage: {by_rank}")
+    peaks = [sum(stage.values()) for stage in stages]
+    fullest = peaks.index(max(peaks))
+    _print_parts(f"memory of a rank of stage {fullest}", stages[fullest], _size)
+    if shape.pp > 1:
+        print(f"  peak by pipeline stage: {', '.join(map(_size, peaks))}")
+
+
+def _print_parts(title: str, parts: dict[str, float], unit) -> None:
+    listed = ", ".join(f"{name} {unit(value)}" for name, value in parts.items() if value)
+    print(f"  {title}: {unit(sum(parts.values()))} ({listed or 'none'})")
+
+
+def _size(value: float) -> str:
+    return f"{value / 2**30:,.2f} GiB" if value >= 2**28 else f"{value / 2**20:,.2f} MiB"
+
+
+def _count(value: float) -> str:
+    for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if value >= 10**power:
+            return f"{value / 10**power:,.2f} {letter}"
+    return f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""What a small run really costs on gloo ranks of this machine: parameters, bytes received, activations, FLOPs."""
+"""What a small run really costs on gloo ranks: parameters, bytes received, activations, FLOPs."""
 
 from functools import partial
 
@@ -22,13 +22,12 @@ def shape_of(layout: Layout, config) -> RunShape:
 
 
 RECEIVED = "point to point"
+# Index of the tensors that count, and how many times their other ranks' share arrives.
+GATHERED = {"_allgather_base_": (0, 1), "_reduce_scatter_base_": (1, 1), "allreduce_": (0, 2)}
 
 
 class ReceivedBytes(TorchDispatchMode):
     """Adds up what collectives and receives bring to this rank, by process group."""
-
-    # Index of the tensors that count, and how many times their other ranks' share arrives.
-    GATHERED = {"_allgather_base_": (0, 1), "_reduce_scatter_base_": (1, 1), "allreduce_": (0, 2)}
 
     def __init__(self):
         super().__init__()
@@ -43,8 +42,8 @@ class ReceivedBytes(TorchDispatchMode):
         group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
         if name == "recv_":
             size = sum(x.nbytes for x in args[0])
-        elif name in self.GATHERED:
-            place, times = self.GATHERED[name]
+        elif name in GATHERED:
+            place, times = GATHERED[name]
             tensors = args[place] if isinstance(args[place], list | tuple) else [args[place]]
             size = times * sum(x.nbytes for x in tensors) * (group.size() - 1) / group.size()
         else:

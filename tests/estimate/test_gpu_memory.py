@@ -39,5 +39,7 @@ def test_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, name):
         measured = max(line["peak_memory_bytes"] for line in lines)
         parts = memory.of_stage(run_shape(run.args, run.config), 0)
         off[phase] = sum(parts.values()) / measured
-        print(f"{name} {phase}: measured {measured:,} estimated {sum(parts.values()):,.0f}", parts, flush=True)
+        print(
+            f"{name} {phase}: measured {measured:,} estimated {sum(parts.values()):,.0f}", parts, flush=True
+        )
     assert all(0.9 <= ratio <= 1.1 for ratio in off.values()), off
