@@ -20,6 +20,7 @@ ALLOWED = {
     "kernels": set(),
     "hf": {"kernels", "hf"},
     "evaluate": {"evaluate", "hf", "kernels"} | SHARED,
+    "finetune": {"finetune", "hf", "kernels"} | SHARED,
     "parallel": {"parallel", "kernels"} | SHARED,
     "config": SHARED | {"parallel"},
     "errors": set(),

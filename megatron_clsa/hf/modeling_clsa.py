@@ -155,7 +155,7 @@ class CLSAModel(CLSAPreTrainedModel):
         for layer in self.layers[split:]:
             hidden, loss = layer(hidden, key, value, log_index, mask, **kwargs)
             losses.append(loss)
-        return hidden, self._mean_loss(losses, mask) if want_loss else None
+        return hidden, self._mean_loss(losses, mask, seen) if want_loss else None
 
     def _selected(self, index_query: Tensor, index_key: Tensor, seen: Visible, first_row: int) -> Tensor:
         """`[b, 1, rows, t]` bool: what the cross-decoder's rows may read."""
@@ -164,10 +164,12 @@ class CLSAModel(CLSAPreTrainedModel):
             return seen.block(rows).expand(index_query.shape[0], -1, -1, -1)
         return select(index_query, index_key, seen, first_row, self.config.index_topk)
 
-    def _mean_loss(self, losses: list[Tensor], mask: Tensor) -> Tensor:
-        """Mean over layers, heads and the rows that see any key."""
+    def _mean_loss(self, losses: list[Tensor], mask: Tensor, seen: Visible) -> Tensor:
+        """Mean over layers, heads and the rows that see any key and are no padding."""
         total = torch.stack(losses).sum(0) / (len(losses) * self.config.num_attention_heads)
         alive = mask[:, 0].any(-1)
+        if seen.padding is not None and seen.num_rows == seen.num_keys:
+            alive = alive & seen.padding[:, -alive.shape[1] :]
         return (total * alive).sum() / alive.sum().clamp(min=1)
 
 
@@ -224,7 +226,12 @@ class CLSAForCausalLM(CLSAPreTrainedModel, GenerationMixin):
         if labels is None:
             return None
         total = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        return total if indexer_loss is None else total + coefficient * indexer_loss
+        if indexer_loss is None:
+            return total
+        items = kwargs.get("num_items_in_batch")
+        if items is not None:  # a part of a batch: the losses of all parts are added up, here as there
+            indexer_loss = indexer_loss * (labels[:, 1:] != -100).sum() / items
+        return total + coefficient * indexer_loss
 
 
 __all__ = ["CLSAForCausalLM", "CLSAModel", "CLSAPreTrainedModel"]

@@ -154,6 +154,28 @@ def test_the_indexer_is_trained_only_when_asked():
     assert only == {f"model.memory.indexer.{n}_proj.weight" for n in "qk"}
 
 
+@torch.no_grad()
+def test_losses_of_the_parts_of_a_batch_add_up_to_its_own():
+    model, ids = tiny_model(indexer_loss_coef=0.5), tokens(LONG, batch=4)
+    items = 4 * (LONG - 1)
+    parts = [model(part, labels=part, num_items_in_batch=items).loss for part in ids.split(2)]
+    assert sum(parts).item() == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_neither_loss(side):
+    model, ids = tiny_model(indexer_loss_coef=0.5), tokens(LONG)
+    plain = model(ids, labels=ids)
+    pads = (9, 0) if side == "left" else (0, 9)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), pads)
+    labels = torch.nn.functional.pad(ids, pads, value=-100)
+    labels[mask.cumsum(-1) == 1] = -100  # in the unpadded row, nobody predicts the first token
+    padded = model(torch.nn.functional.pad(ids, pads), attention_mask=mask, labels=labels)
+    assert padded.indexer_loss.item() == pytest.approx(plain.indexer_loss.item(), abs=1e-4)
+    assert padded.loss.item() == pytest.approx(plain.loss.item(), abs=1e-4)
+
+
 @pytest.mark.parametrize("changes", [{}, {"cross_attention": "dense"}])
 def test_indexer_loss_equals_the_contract_row_by_row(changes):
     model, ids = tiny_model(dtype=torch.float64, indexer_loss_coef=0.1, **changes), tokens(LONG)

@@ -1,0 +1,1 @@
+"""Fine-tuning of an exported model with transformers' Trainer and DeepSpeed; needs no megatron-core."""

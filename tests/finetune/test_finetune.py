@@ -1,0 +1,149 @@
+"""examples/finetune_deepspeed.py as a user starts it: the folder it leaves, ZeRO-2 and 3, and refusals.
+
+Two gloo ranks on CPU; DeepSpeed where it is installed.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "evaluate"))
+from eval_folder import write_folder  # noqa: E402
+
+HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+FLAGS = [
+    "--max-length=48",
+    "--batch-size=2",
+    "--accumulate=2",
+    "--lr=3e-3",
+    "--warmup-steps=0",
+    "--log-steps=1",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    chats = [[("user", f"say {i}"), ("assistant", f"{i} it is")] for i in range(20)]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def finetune(model, data, out, *words, ranks: int = 1) -> subprocess.CompletedProcess:
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
+    )
+    script = [ROOT / "examples" / "finetune_deepspeed.py", "--model", model, "--data", data, "--out", out]
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, script), *FLAGS, *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in json.loads((out / "training_log.json").read_text())]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model, data, tmp_path_factory):
+    """A run without DeepSpeed that the others must equal."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    run = finetune(model, data, out, "--steps", 4, ranks=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return out
+
+
+def test_the_tuned_folder_loads_with_its_own_code_and_generates(two_ranks):
+    model = AutoModelForCausalLM.from_pretrained(two_ranks, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(two_ranks, trust_remote_code=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say 3"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    out = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert out.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_training_lowers_the_loss_and_logs_the_indexers(two_ranks):
+    log = json.loads((two_ranks / "training_log.json").read_text())
+    assert log[-1]["loss"] < log[0]["loss"] and all(line["indexer_loss"] > 0 for line in log)
+
+
+def test_the_indexer_learns_by_default_and_stays_without_its_loss(two_ranks, model, data, tmp_path):
+    run = finetune(model, data, tmp_path / "out", "--steps", 1, "--indexer-loss-coef", 0, "--weight-decay", 1)
+    assert run.returncode == 0, run.stderr[-3000:]
+    name = "model.memory.indexer.q_proj.weight"
+    start, tuned, frozen = (
+        load_file(folder / "model.safetensors")[name] for folder in (model, two_ranks, tmp_path / "out")
+    )
+    assert torch.equal(start, frozen) and not torch.equal(start, tuned)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAVE_DEEPSPEED, reason="needs DeepSpeed (pip install deepspeed)")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_takes_the_same_steps(two_ranks, model, data, tmp_path, stage):
+    config = ROOT / "examples" / f"ds_zero{stage}.json"
+    words = ["--steps", 4, "--deepspeed", config, "--save-steps", 2]
+    run = finetune(model, data, tmp_path / "out", *words, ranks=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert losses(tmp_path / "out") == pytest.approx(losses(two_ranks), abs=1e-4)
+    assert list((tmp_path / "out" / "checkpoint-2").glob("global_step*/*zero_pp_rank_1*")), (
+        "DeepSpeed was idle"
+    )
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", two_ranks))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4)
+
+
+def broken_config(folder: Path) -> list:
+    (folder / "bad.json").write_text("{")
+    return ["--deepspeed", folder / "bad.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (lambda folder: ["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json"),
+        (broken_config, "is not JSON"),
+        (lambda folder: ["--max-length", "4096"], "--max-length 4096"),
+        (lambda folder: ["--accumulate", "0"], "--accumulate 0"),
+        (lambda folder: ["--resume"], "has no checkpoint-"),
+        (lambda folder: ["--out", folder], "--out"),
+        (lambda folder: ["--model", folder], "has no config.json"),
+        (lambda folder: ["--data", "nowhere.jsonl"], "--data nowhere.jsonl"),
+        (lambda folder: ["--indexer-loss-coef", "-1"], "--indexer-loss-coef -1"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(model, data, tmp_path, capsys, words, named):
+    (tmp_path / "occupied").touch()
+    spec = importlib.util.spec_from_file_location("finetune", ROOT / "examples" / "finetune_deepspeed.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    given = ["--model", model, "--data", data, "--out", tmp_path / "out", *FLAGS, *words(tmp_path)]
+    assert script.main([str(word) for word in given]) == 2
+    refusal = capsys.readouterr().err.strip().splitlines()[-1]
+    assert refusal.startswith("error: ") and named in refusal, refusal
+
+
+def test_another_architecture_is_refused(data, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    run = finetune(tmp_path, data, tmp_path / "out")
+    assert run.returncode == 2 and "is a llama model" in run.stderr.strip().splitlines()[-1]
