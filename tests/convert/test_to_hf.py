@@ -1,0 +1,116 @@
+"""Exported folders hold the checkpoint's weights, whatever layout saved them, and `--verify` finds faults."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import architecture, error_line, make, to_hf
+from layouts import Layout
+from megatron.core import dist_checkpointing
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+
+from megatron_clsa.convert.checkpoint import TorchDistReader
+from megatron_clsa.convert.names import entries
+from megatron_clsa.convert.verify import verify
+from megatron_clsa.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("one") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("hf") / "out"
+    result = to_hf(checkpoint, out, "--verify", "--max-shard-size", "40KB")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "verified: logits differ by at most" in result.stdout
+    return out
+
+
+def _weights(folder) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def _read_otherwise(folder: str) -> list[str]:
+    """Runs on one rank, as megatron-core's loader needs: the tensors on which the two readers differ."""
+    expected, reader = dist_checkpointing.load_plain_tensors(folder), TorchDistReader(Path(folder))
+    assert reader.shapes().keys() == expected.keys()
+    return [name for name, tensor in expected.items() if not torch.equal(reader.read(name), tensor)]
+
+
+def test_the_reader_returns_what_megatron_core_loads(checkpoint):
+    assert run_ranks(1, _read_otherwise, str(checkpoint)) == [[]]
+
+
+def test_the_table_joins_what_it_splits(checkpoint):
+    reader = TorchDistReader(checkpoint)
+    for entry in entries(architecture(Layout())):
+        tensor = reader.read(entry.megatron)[: entry.shape[0]]
+        assert torch.equal(entry.join(entry.split(tensor)), tensor), entry.megatron
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(pp=2, vpp=2)], ids=str
+)
+def test_every_layout_exports_the_same_bytes(checkpoint, folder, layout, tmp_path):
+    saved = make(tmp_path / "checkpoint", layout, weights=checkpoint)
+    result = to_hf(saved, tmp_path / "hf")
+    assert result.returncode == 0, result.stderr[-3000:]
+    expected, actual = _weights(folder), _weights(tmp_path / "hf")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_shards_keep_the_limit_and_the_index_names_them(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    weights = _weights(folder)
+    assert len(set(index["weight_map"].values())) > 1 and index["weight_map"].keys() == weights.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights.values())
+    assert weights["model.embed_tokens.weight"].shape[0] == architecture(Layout()).vocab_size
+
+
+def _window_off_by_one(config, weights):
+    config["sliding_window"] += 1
+
+
+def _index_sign_flipped(config, weights):
+    weights["model.memory.indexer.q_proj.weight"].neg_()
+
+
+def _one_norm_lost(config, weights):
+    weights["model.layers.6.input_layernorm.weight"].fill_(1)
+
+
+def _key_and_value_swapped(config, weights):
+    key, value = "model.memory.k_proj.weight", "model.memory.v_proj.weight"
+    weights[key], weights[value] = weights[value], weights[key]
+
+
+@pytest.mark.parametrize(
+    "plant", [_window_off_by_one, _index_sign_flipped, _one_norm_lost, _key_and_value_swapped]
+)
+def test_verify_finds_a_planted_error(checkpoint, folder, plant, tmp_path):
+    for file in folder.iterdir():
+        if file.suffix == ".py":
+            (tmp_path / file.name).write_text(file.read_text())
+    config, weights = json.loads((folder / "config.json").read_text()), _weights(folder)
+    plant(config, weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    arch = architecture(Layout())
+    with pytest.raises(UserError, match="logits differ"):
+        verify(TorchDistReader(checkpoint), arch, tmp_path)
+
+
+def test_an_existing_folder_is_kept_unless_forced(checkpoint, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "precious").write_text("mine")
+    assert "--force" in error_line(to_hf(checkpoint, tmp_path / "hf"))
+    assert (tmp_path / "hf" / "precious").read_text() == "mine"
+    assert to_hf(checkpoint, tmp_path / "hf", "--force").returncode == 0
+    assert not (tmp_path / "hf" / "precious").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
