@@ -1,0 +1,121 @@
+"""Continue a text with an exported CLSA model, on a GPU or the CPU, word by word as it is made.
+
+    python examples/generate.py out/hf --prompt "def main(" --max-new-tokens 64
+
+Owns no model: the folder holds it (tools/to_hf.py makes one), with the code that this script runs. Exit
+codes: 0 done, 2 bad input.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_clsa.errors import UserError, one_line_errors
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder made by tools/to_hf.py; its code is run")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="text to continue")
+    text.add_argument("--prompt-file", type=Path, help="file of the text to continue, - for standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(128)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens (0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (the folder's)"
+    )
+    return parser
+
+
+def _check(args) -> None:
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: give a positive number")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: give 0 or more")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p}: give a share above 0, at most 1")
+    if not (args.model / "config.json").is_file():
+        raise UserError(f"{args.model} is no model folder (no config.json): make one with tools/to_hf.py")
+
+
+def _prompt(args) -> str:
+    if args.prompt_file is None:
+        text = args.prompt
+    elif str(args.prompt_file) == "-":
+        text = sys.stdin.read()
+    else:
+        try:
+            text = args.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from None
+    if not text:
+        raise UserError("the prompt is empty: give at least one character")
+    return text
+
+
+def _device(name: str | None):
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device: give cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; give cpu")
+    return device
+
+
+def _load(args, device):
+    """The model and the tokenizer of the folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        own = {"trust_remote_code": True, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **own)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype or "auto", **own)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{args.model} cannot be loaded: {error}") from None
+    return model.to(device).eval(), tokenizer
+
+
+def generate(args) -> None:
+    """Print the prompt and its continuation while it is made."""
+    import torch
+    from transformers import TextStreamer
+
+    prompt, device = _prompt(args), _device(args.device)
+    model, tokenizer = _load(args, device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    sampling = {"do_sample": False}
+    if args.temperature:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    torch.manual_seed(args.seed)
+    model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+@one_line_errors
+def main() -> None:
+    args = _parser().parse_args()
+    _check(args)
+    generate(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,87 @@
+"""`examples/generate.py` on a tiny exported folder: text in, longer text out, and what it refuses.
+
+Owns no claim about tokens: tests/hf holds generation to the model.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_clsa.hf import CLSAConfig, CLSAForCausalLM
+
+SCRIPT = str(Path(__file__).parents[2] / "examples" / "generate.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model with random weights and a tokenizer of bytes."""
+    path = tmp_path_factory.mktemp("model")
+    alphabet = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(path)
+    torch.manual_seed(0)
+    config = CLSAConfig(
+        vocab_size=len(alphabet),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_self_decoder_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=4,
+        index_topk=4,
+        index_head_dim=8,
+        eos_token_id=0,
+    )
+    CLSAForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def generate(monkeypatch, *words) -> int:
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])
+    return runpy.run_path(SCRIPT)["main"]()
+
+
+def test_a_prompt_is_continued_and_a_seed_repeats(folder, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_text("def read(")
+    said = []
+    for prompt in (["--prompt", "def read("], ["--prompt-file", file]):
+        words = [folder, *prompt, "--max-new-tokens", 12, "--device", "cpu", "--seed", 3]
+        assert generate(monkeypatch, *words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].startswith("def read(") and len(said[0].strip()) > len("def read(")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "--prompt"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "a", "--max-new-tokens", 0], "--max-new-tokens 0"),
+        (["--prompt", "a", "--temperature", -1], "--temperature -1"),
+        (["--prompt", "a", "--top-p", 2], "--top-p 2"),
+        (["--prompt", "a", "--device", "cuda:99"], "--device cuda:99"),
+        (["--prompt", "a", "--device", "toaster"], "--device toaster"),
+        (["--prompt", "a", "--beam", 2], "--beam"),
+        (["--prompt-file", "none.txt"], "--prompt-file none.txt"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(folder, monkeypatch, capsys, words, said):
+    assert generate(monkeypatch, folder, *words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error:") and error.count("\n") == 1
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, capsys):
+    assert generate(monkeypatch, tmp_path, "--prompt", "a") == 2
+    assert "tools/to_hf.py" in capsys.readouterr().err
