@@ -7,6 +7,7 @@ h query heads, g KV heads, d head dim, k selected.
 
 from torch import Tensor
 
+from megatron_clsa.kernels import indexer_topk
 from megatron_clsa.kernels import streaming_kd as _kd
 from megatron_clsa.kernels import window as _window
 from megatron_clsa.kernels.rows import RowRange
@@ -20,6 +21,8 @@ def topk_index(q_idx: Tensor, k_idx: Tensor, rows: RowRange, k: int) -> Tensor:
     Scores are compared in fp32, ties go to the smaller position, positions ascend, -1 fills rows that see
     fewer than k keys. No gradient.
     """
+    if indexer_topk.supported(q_idx, k):
+        return indexer_topk.triton_topk(q_idx, k_idx, rows, k)
     return streaming_topk(q_idx, k_idx, rows, k)
 
 

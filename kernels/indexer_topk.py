@@ -1,0 +1,105 @@
+"""Index scores and their exact top-k in Triton: streaming, no N x N tensor, no sort, no synchronisation.
+
+Owns the launches and the scratch memory; owns no order of its own: `reference.topk_index` is the meaning
+(fp32 score, -0 equal to +0, NaN last, ties to the smaller position, result ascending, -1 fills).
+
+    topk_guess     1/8 of the keys scored -> a bound a row that about 1.4 k of its scores reach
+    topk_collect   all scores once; (score, position) of those above the bound, in order, to a row's buffer;
+                   the k-th best of the buffer by bisection -> positions, ascending
+    topk_recover   rows whose buffer holds fewer than k or overflowed: bisection by recomputing scores
+
+The bound is a guess; rows it fails for are recovered exactly, so the sample decides speed and nothing else.
+FLOPs: 9/8 x 2 di a visible pair, and 2 BLOCK_KEYS for the running count. Bytes: 2 N sk / 8 of samples, about
+16 x 1.4 k of candidates and 4 k of index a row. Axes: b batch, sq queries, sk keys, di index dim, k selected.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_clsa.kernels.rows import RowRange
+from megatron_clsa.kernels.topk_collect import choose, collect
+from megatron_clsa.kernels.topk_guess import (
+    STRIDE,
+    TOLERANCE,
+    candidate_capacity,
+    guess_bound,
+    sample_rank,
+    sample_scores,
+)
+from megatron_clsa.kernels.topk_recover import recover
+
+ROWS_PER_CHUNK = 32768  # bounds the scratch: 1.1 GiB of candidates at k 2048, sk / 4 B of samples a row
+BLOCK_ROWS, BLOCK_KEYS, STAGES = 64, 64, 3
+SAMPLE_ROWS, SAMPLE_KEYS = 128, 128
+SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_K = 8192
+
+
+def supported(q_idx: Tensor, k: int) -> bool:
+    """Whether the kernels serve these tensors; everything else goes to the plain-torch path."""
+    return q_idx.is_cuda and q_idx.dtype in SUPPORTED and q_idx.shape[-1] <= 256 and k <= LARGEST_K
+
+
+def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, row0: int, chunk: int) -> None:
+    """Fill `index[:, row0 : row0 + chunk]`."""
+    (b, sq, di), sk, k = q_idx.shape, k_idx.shape[1], index.shape[2]
+    capacity, columns = min(candidate_capacity(k), triton.next_power_of_2(sk)), sk // STRIDE
+    slots, tiles = capacity + BLOCK_KEYS + 16, triton.cdiv(chunk, BLOCK_ROWS)
+    new = {"device": q_idx.device}
+    bound = torch.empty(b, chunk, dtype=torch.float32, **new)
+    samples = torch.empty(b, chunk, columns if sk > capacity else 0, dtype=torch.bfloat16, **new)
+    buffer = torch.empty(b, tiles * BLOCK_ROWS, slots, dtype=torch.int64, **new)
+    count, failed = (torch.empty(b, chunk, dtype=torch.int32, **new) for _ in range(2))
+    precision = "ieee" if q_idx.dtype == torch.float32 else "tf32"
+    vectors = {"DI": di, "D": max(16, triton.next_power_of_2(di)), "PRECISION": precision}
+    tile = {"BM": BLOCK_ROWS, "BN": BLOCK_KEYS, "num_warps": BLOCK_ROWS // 16}
+    if sk > capacity:
+        grid = (triton.cdiv(columns, SAMPLE_KEYS), triton.cdiv(chunk, SAMPLE_ROWS), b)
+        sample_scores[grid](
+            q_idx, k_idx, rows.start, rows.end, samples, row0, chunk, columns, sq, sk, capacity,
+            BM=SAMPLE_ROWS, BC=SAMPLE_KEYS, STRIDE=STRIDE, num_warps=8, **vectors,
+        )  # fmt: skip
+    rank = sample_rank(k)
+    enough = int(rank * (1 + TOLERANCE))
+    guess_bound[(chunk, b)](
+        samples, rows.start, rows.end, bound, row0, columns, rank, enough, sq, sk, capacity,
+        STRIDE=STRIDE, BLOCK=max(64, triton.next_power_of_2(columns)), num_warps=4 if columns <= 4096 else 8,
+    )  # fmt: skip
+    collect[(tiles, b)](
+        q_idx, k_idx, rows.start, rows.end, bound, buffer, count, row0, chunk, sq, sk, k,
+        CAPACITY=capacity, SLOTS=slots, STAGES=1 if precision == "ieee" else STAGES, NATIVE=q_idx.is_cuda,
+        **tile, **vectors,
+    )  # fmt: skip
+    choose[(chunk, b)](
+        buffer, count, rows.start, rows.end, index, failed, row0, chunk, tiles * BLOCK_ROWS, sq, sk, k,
+        CAPACITY=capacity, SLOTS=slots, K2=triton.next_power_of_2(k), num_warps=max(4, capacity // 1024),
+    )  # fmt: skip
+    recover[(tiles, b)](
+        q_idx, k_idx, rows.start, rows.end, failed, index, row0, chunk, sq, sk, k, **tile, **vectors
+    )
+
+
+@torch.library.custom_op("megatron_clsa::topk_index", mutates_args=())
+def _topk_index(q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor, k: int, chunk_rows: int) -> Tensor:
+    b, sq, _ = q_idx.shape
+    q_idx, k_idx = q_idx.contiguous(), k_idx.contiguous()
+    rows = RowRange(start.contiguous(), end.contiguous())
+    index = torch.empty(b, sq, k, dtype=torch.int32, device=q_idx.device)
+    step = max(BLOCK_ROWS, chunk_rows // max(b, 1) // BLOCK_ROWS * BLOCK_ROWS)
+    for row0 in range(0, sq if b and k else 0, step):
+        _launch_chunk(q_idx, k_idx, rows, index, row0, min(step, sq - row0))
+    return index
+
+
+@_topk_index.register_fake
+def _(q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor, k: int, chunk_rows: int) -> Tensor:
+    return q_idx.new_empty(*q_idx.shape[:2], k, dtype=torch.int32)
+
+
+@torch.no_grad()
+def triton_topk(
+    q_idx: Tensor, k_idx: Tensor, rows: RowRange, k: int, chunk_rows: int = ROWS_PER_CHUNK
+) -> Tensor:
+    """`[b, sq, k]` int32 positions of the k best visible keys of `q_idx [b, sq, di] . k_idx [b, sk, di]`."""
+    return _topk_index(q_idx, k_idx, rows.start, rows.end, k, chunk_rows)

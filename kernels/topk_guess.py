@@ -1,0 +1,99 @@
+"""A lower bound for the k-th best score of each row, guessed from a sample of the keys, in Triton.
+
+Owns the sample and its rank; owns no exactness: a wrong guess costs the row's recovery and nothing else.
+
+    one key of every 8 (its place in the 8 is hashed, so that no period in the keys can hide from it)
+    q_idx x sampled keys -> bf16 samples [rows, sk / 8]; their `rank`-th largest value is the bound
+
+With `rank` 6 standard deviations above k / 8, fewer than one row in 10^9 has fewer than k scores above it.
+Work: 1/8 of a score pass, 2 B written and read a sample, about 10 compares a sample for the bisection.
+Axes: sq queries, sk keys, di index dim, k selected, c sampled keys.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from megatron_clsa.kernels.topk_tile import load_rows, load_vectors
+
+STRIDE = 8
+DEVIATIONS = 6.0
+TOLERANCE = 1 / 16  # the bisection stops at a rank of at most (1 + TOLERANCE) x the wanted one
+LARGEST = tl.constexpr(3.0e38)
+
+
+def sample_rank(k: int) -> int:
+    """How many samples must reach the bound so that k keys do."""
+    return math.ceil(k / STRIDE + DEVIATIONS * math.sqrt(k / STRIDE)) + 4
+
+
+def candidate_capacity(k: int) -> int:
+    """Slots a row needs for the scores above its bound, 6 deviations included: a power of two."""
+    rank = sample_rank(k) * (1 + TOLERANCE)
+    return triton.next_power_of_2(math.ceil(STRIDE * (rank + DEVIATIONS * math.sqrt(rank))))
+
+
+@triton.jit
+def sample_scores(
+    Q, K, START, END, SAMPLES, row0, chunk, columns, sq, sk, capacity,
+    DI: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BM rows x BC sampled keys; only tiles that a row with more than `capacity` keys sees are computed."""
+    column, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    local = tile * BM + tl.arange(0, BM)
+    start, end = load_rows(START, END, batch, row0 + local, local < chunk, sq, sk)
+    long = end - start >= capacity
+    first = tl.min(tl.where(long, start, sk))
+    last = tl.max(tl.where(long, end, -1))
+    if (column * BC * STRIDE <= last) & ((column + 1) * BC * STRIDE > first):
+        c = column * BC + tl.arange(0, BC)
+        j = c * STRIDE + ((c ^ (c >> 3) ^ (c >> 6)) & (STRIDE - 1))
+        queries = Q + batch.to(tl.int64) * sq * DI
+        keys = K + batch.to(tl.int64) * sk * DI
+        q = load_vectors(queries, row0 + local, local < chunk, DI, D, True)
+        key = load_vectors(keys, j, c < columns, DI, D, True)
+        score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+        out = SAMPLES + (batch.to(tl.int64) * chunk + local)[:, None] * columns + c[None, :]
+        tl.store(out, score.to(tl.bfloat16), mask=(local < chunk)[:, None] & (c < columns)[None, :])
+
+
+@triton.jit
+def _bisect(samples, first, count, rank, enough, BLOCK: tl.constexpr):
+    """A value that at least `rank` of the `count` samples reach, and at most `enough` if ties allow it."""
+    c = tl.arange(0, BLOCK)
+    inside = c < count
+    x = tl.load(samples + first + c, mask=inside, other=float("nan")).to(tl.float32)
+    low = tl.maximum(tl.min(tl.where(inside & (x == x), x, LARGEST)), -LARGEST)
+    high = tl.minimum(tl.max(tl.where(inside & (x == x), x, -LARGEST)), LARGEST)
+    step = 0
+    while step < 24:
+        middle = 0.5 * low + 0.5 * high
+        reach = tl.sum((x >= middle).to(tl.int32))
+        low = tl.where(reach >= rank, middle, low)
+        high = tl.where(reach >= rank, high, middle)
+        step = tl.where((reach >= rank) & (reach <= enough), 24, step + 1)
+    return low
+
+
+@triton.jit
+def guess_bound(
+    SAMPLES, START, END, BOUND, row0, columns, rank, enough, sq, sk, capacity,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: the bound from the samples whose 8 keys it sees; -inf where all its keys fit the buffer."""
+    row, batch = tl.program_id(0), tl.program_id(1)
+    start, end = load_rows(START, END, batch, row0 + row, True, sq, sk)
+    bound = float("-inf")
+    if end - start >= capacity:
+        first = (start + STRIDE - 1) // STRIDE
+        count = tl.minimum((end + 1) // STRIDE, columns) - first
+        samples = SAMPLES + (batch.to(tl.int64) * tl.num_programs(0) + row) * columns
+        if count <= BLOCK // 4:
+            bound = _bisect(samples, first, count, rank, enough, BLOCK // 4)
+        elif count <= BLOCK // 2:
+            bound = _bisect(samples, first, count, rank, enough, BLOCK // 2)
+        else:
+            bound = _bisect(samples, first, count, rank, enough, BLOCK)
+    tl.store(BOUND + batch.to(tl.int64) * tl.num_programs(0) + row, bound)
