@@ -78,7 +78,9 @@ def _device(name: str | None):
 def _load(args, device):
     """The model and the tokenizer of the folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         own = {"trust_remote_code": True, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(args.model, **own)

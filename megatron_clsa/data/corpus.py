@@ -3,13 +3,15 @@
 Owns which files are taken and in which order. The quickstart trains on it.
 """
 
+import argparse
 import hashlib
 import json
 import os
+import sys
 import sysconfig
 from pathlib import Path
 
-from megatron_clsa.errors import UserError
+from megatron_clsa.errors import UserError, one_line_errors
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -44,3 +46,16 @@ def write_standard_library(path: Path, max_bytes: int = 16 << 20) -> int:
         raise UserError("this Python has no library sources (a minimal installation?); give your own text")
     os.replace(temporary, path)
     return count
+
+
+@one_line_errors
+def main(words: list[str]) -> None:
+    """`python -m megatron_clsa.data.corpus FILE` writes the corpus."""
+    parser = argparse.ArgumentParser(description="Write the standard library's sources as JSONL.")
+    parser.add_argument("file", type=Path, help="JSONL file to write")
+    path = parser.parse_args(words).file
+    print(f"{path}: {write_standard_library(path):,} documents")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

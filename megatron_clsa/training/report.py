@@ -59,13 +59,29 @@ def _falls(lines: list[dict]) -> bool:
     return len(lines) > 1 and _figure(lines[-1], "valid_lm_loss") < _figure(lines[0], "valid_lm_loss")
 
 
+COLUMNS = {  # heading -> metric of the last evaluation
+    "coverage": "attention_coverage",
+    "oracle": "oracle_coverage",
+    "random": "random_coverage",
+    "recent": "recent_coverage",
+    "KL": "exact_kl",
+}
+
+
 def table(phases: dict[str, list[dict]]) -> str:
     """Loss and coverage by phase, one line each, from the phase's first and last evaluation."""
-    rows = [f"{'phase':<14}{'first loss':>11}{'last loss':>11}{'coverage':>10}{'oracle':>8}"]
+    headings = ["first loss", "last loss", *COLUMNS, "sparse gap"]
+    rows = [f"{'phase':<14}" + "".join(f"{heading:>11}" for heading in headings)]
     for name, lines in phases.items():
-        losses = "".join(f"{_figure(line, 'valid_lm_loss'):>11.4f}" for line in (lines[0], lines[-1]))
-        coverage = _figure(lines[-1], "attention_coverage")
-        rows.append(f"{name:<14}{losses}{coverage:>10.3f}{_figure(lines[-1], 'oracle_coverage'):>8.3f}")
+        figures = [_figure(line, "valid_lm_loss") for line in (lines[0], lines[-1])]
+        figures += [_figure(lines[-1], metric) for metric in COLUMNS.values()] + [_attention_gap(lines[-1])]
+        # In a dense phase the index is untrained: its coverage says nothing yet.
+        hidden = () if "valid_lm_loss_sparse" in lines[-1] else ("coverage", "KL", "sparse gap")
+        cells = [
+            "-" if heading in hidden else f"{figure:.4f}"
+            for heading, figure in zip(headings, figures, strict=True)
+        ]
+        rows.append(f"{name:<14}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(rows)
 
 
@@ -82,7 +98,10 @@ def main(words: list[str]) -> int:
     if not phases:
         raise UserError(f"--metrics {options.metrics}: holds no evaluation; train with --eval-iters above 0")
     checks = judge(phases, options.logits_gap)
-    last = {name: lines[-1] for name, lines in phases.items()}
+    last = {
+        name: {"first_valid_lm_loss": lines[0]["valid_lm_loss"], **lines[-1]}
+        for name, lines in phases.items()
+    }
     report = {
         "passed": all(checks.values()),
         "checks": checks,
