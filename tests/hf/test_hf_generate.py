@@ -80,6 +80,27 @@ def test_beam_search_scores_what_the_full_pass_scores(model):
     assert out.sequences_scores[0].item() == pytest.approx(picked / new_tokens, abs=1e-4)
 
 
+@pytest.mark.parametrize("mode", [{"use_cache": False}, MODES["static cache"]])
+def test_beam_search_gives_the_same_tokens_without_and_with_any_cache(mode):
+    model, ids = tiny_model(), tokens(LONG, batch=2)
+    assert torch.equal(greedy(model, ids, num_beams=3, **mode), greedy(model, ids, num_beams=3))
+
+
+def test_beams_of_a_left_padded_batch_are_each_prompts_own():
+    model, short, long = tiny_model(), tokens(5, seed=3), tokens(LONG, seed=4)
+    batch = torch.zeros(2, LONG, dtype=torch.long)
+    batch[0, -5:], batch[1] = short, long
+    out = greedy(model, batch, attention_mask=(batch != 0).long(), num_beams=3)
+    assert torch.equal(out[:1], greedy(model, short, num_beams=3))
+    assert torch.equal(out[1:], greedy(model, long, num_beams=3))
+
+
+def test_the_model_itself_or_its_dense_twin_as_assistant_changes_no_token():
+    model, ids = tiny_model(), tokens(LONG)
+    for assistant in (tiny_model(), tiny_model(cross_attention="dense")):
+        assert torch.equal(greedy(model, ids, assistant_model=assistant), by_hand(model, ids))
+
+
 def test_unsupported_caches_refuse_clearly():
     with pytest.raises((ValueError, ImportError)):
         greedy(tiny_model(), tokens(LONG), cache_implementation="quantized")

@@ -154,6 +154,22 @@ def test_the_indexer_is_trained_only_when_asked():
     assert only == {f"model.memory.indexer.{n}_proj.weight" for n in "qk"}
 
 
+def test_training_the_indexer_alone_lowers_its_loss_and_moves_nothing_else():
+    model, ids = tiny_model(indexer_loss_coef=1.0, cross_attention="dense").train(), tokens(LONG, batch=4)
+    indexer = model.model.memory.indexer.requires_grad_(True)
+    before = {name: p.clone() for name, p in model.named_parameters() if "indexer" not in name}
+    optimizer = torch.optim.Adam(indexer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.indexer_loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
 @torch.no_grad()
 def test_losses_of_the_parts_of_a_batch_add_up_to_its_own():
     model, ids = tiny_model(indexer_loss_coef=0.5), tokens(LONG, batch=4)
