@@ -19,7 +19,7 @@ MODEL_LAYER = {"model", "distill", "data", "convert", "inference", "estimate"}
 ALLOWED = {
     "kernels": set(),
     "hf": {"kernels", "hf"},
-    "evaluate": {"evaluate", "hf", "kernels"} | SHARED,
+    "evaluate": {"evaluate", "convert", "hf", "kernels"} | SHARED,
     "finetune": {"finetune", "hf", "kernels"} | SHARED,
     "parallel": {"parallel", "kernels"} | SHARED,
     "config": SHARED | {"parallel"},

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from megatron_clsa.errors import UserError, one_line_errors
 
 SAME = 1e-3  # fp32 logits: rows of one matrix product and of 8192 round differently

@@ -2,13 +2,17 @@
 
     python tools/evaluate.py --model DIR --text FILE --out DIR
 
-DIR is an exported Hugging Face folder, or any causal language model's (then without index figures).
+DIR is an exported Hugging Face folder, a training run's folder or checkpoint (exported into a temporary
+folder), or any other causal language model's Hugging Face folder (then without index figures).
 Writes OUT/evaluation.json and OUT/evaluation.png. Owns the flags; the work is in megatron_clsa/evaluate.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_clsa.errors import UserError, one_line_errors
 
@@ -19,7 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, run or checkpoint")
+    parser.add_argument("--tokenizer", type=Path, help="for a checkpoint (default: as in training)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--tasks", default="perplexity,needle,index", help="comma list (all three)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
@@ -64,16 +69,25 @@ def _check(args) -> tuple[list[str], list[int]]:
 def evaluate(args) -> dict:
     """The whole report as a dictionary."""
     tasks, lengths = _check(args)
-    from megatron_clsa.evaluate import index, perplexity, retrieval
+    from megatron_clsa.evaluate import retrieval
+    from megatron_clsa.evaluate.checkpoint import as_folder
     from megatron_clsa.evaluate.load import open_folder, read_texts
     from megatron_clsa.evaluate.needle import PUZZLES
 
     needle_tasks = _names(args.needle_tasks) if args.needle_tasks else list(PUZZLES)
     retrieval.check_tasks(needle_tasks)
     texts = read_texts(args.text, args.json_key)
-    subject = open_folder(args.model, args.dtype, args.device)
+    with as_folder(args.model, args.tokenizer) as folder:
+        subject = open_folder(folder, args.dtype, args.device)
     _check_model(args, subject, tasks, lengths)
     report = {"model": str(args.model), "dtype": args.dtype, "device": args.device, "seed": args.seed}
+    return report | _sections(args, subject, tasks, lengths, needle_tasks, texts)
+
+
+def _sections(args, subject, tasks, lengths, needle_tasks, texts) -> dict:
+    from megatron_clsa.evaluate import index, perplexity, retrieval
+
+    report = {}
     if "perplexity" in tasks:
         report["perplexity"] = perplexity.measure(subject, texts, args.length, args.sequences)
     if "needle" in tasks:

@@ -1,7 +1,7 @@
 """Opens what is to be evaluated: a Hugging Face folder (CLSA or any causal LM) and the texts.
 
-Owns the checks of these inputs, each one line that names the flag. A Megatron checkpoint is exported into
-a temporary folder first, which checkpoint.py does.
+Owns the checks of these inputs, each one line that names the flag. checkpoint.py makes a folder of a
+Megatron checkpoint.
 """
 
 import json
@@ -65,13 +65,6 @@ def open_folder(folder: Path, dtype: str, device: str) -> Subject:
 
 def _model_type(folder: Path) -> str:
     config = folder / "config.json"
-    if not folder.is_dir():
-        raise UserError(f"--model {folder} is no folder; give a Hugging Face folder or a checkpoint")
-    if not config.is_file():
-        raise UserError(
-            f"--model {folder} has no config.json; give a Hugging Face folder, or a Megatron checkpoint "
-            "folder (which has latest_checkpointed_iteration.txt)"
-        )
     try:
         return json.loads(config.read_text())["model_type"]
     except (ValueError, KeyError, TypeError) as error:
