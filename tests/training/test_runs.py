@@ -1,7 +1,14 @@
 """Whole runs through every phase: the same losses at any layout, and the same run when cut and resumed."""
 
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
 import pytest
-from runs import distill, metrics
+from runs import ENVIRONMENT, command, distill, metrics, steps
 
 STEP_FIELDS = {
     "step",
@@ -15,58 +22,120 @@ STEP_FIELDS = {
     "step_time",
 }
 EVALUATION_FIELDS = {"valid_lm_loss", "attention_coverage", "oracle_coverage", "exact_kl"}
-NOT_COMPARED = {"tokens_per_second", "step_time", "peak_memory_bytes"}
+NOT_COMPARED = {"tokens_per_second", "step_time", "mfu", "peak_memory_bytes"}
+LAYOUTS = {
+    "single": (1, []),
+    "tp2": (2, ["--tensor-model-parallel-size=2"]),
+    "cp2": (2, ["--context-parallel-size=2"]),
+    "dp4": (4, []),
+    "pp2_vpp2": (2, ["--pipeline-model-parallel-size=2", "--num-virtual-stages-per-pipeline-rank=2"]),
+    "tp2_pp2": (4, ["--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2"]),
+}
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    result = distill(out)
+def _run(layout: str, out: Path, *flags: str) -> list[dict]:
+    """The metrics of a run to its end."""
+    ranks, sizes = LAYOUTS[layout]
+    result = distill(out, *sizes, *flags, ranks=ranks)
     assert result.returncode == 0, result.stderr[-3000:]
     return metrics(out)
 
 
-def _steps(lines: list[dict]) -> list[dict]:
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """Metrics of an uninterrupted run at a layout, run once."""
+    made = {}
+
+    def of(layout: str) -> list[dict]:
+        if layout not in made:
+            made[layout] = _run(layout, tmp_path_factory.mktemp(layout))
+        return made[layout]
+
+    return of
+
+
+def _losses(lines: list[dict]) -> list[dict]:
     return [line for line in lines if "lm_loss" in line]
 
 
+def _assert_bitwise(expected: list[dict], actual: list[dict]) -> None:
+    for wanted, line in zip(expected, actual, strict=True):
+        same = wanted.keys() - NOT_COMPARED
+        assert {key: line[key] for key in same} == {key: wanted[key] for key in same}
+
+
 def test_every_step_and_evaluation_logs_its_fields(whole_run):
-    steps = _steps(whole_run)
-    assert [line["step"] for line in steps] == list(range(1, 21))
-    assert all(line.keys() >= STEP_FIELDS for line in steps)
-    evaluations = [line for line in whole_run if "valid_lm_loss" in line]
+    lines = _losses(whole_run("single"))
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert all(line.keys() >= STEP_FIELDS for line in lines)
+    evaluations = [line for line in whole_run("single") if "valid_lm_loss" in line]
     assert {line["phase"] for line in evaluations} == {"dense", "warmup", "sparse"}
     assert all(line.keys() >= EVALUATION_FIELDS for line in evaluations)
 
 
-def test_a_phase_is_first_evaluated_where_the_one_before_ended(whole_run):
-    """On the same sequences, so that any difference would be the weights'."""
-    ends = {line["phase"]: line for line in whole_run if "valid_lm_loss" in line}
-    starts = {line["phase"]: line for line in whole_run if "valid_lm_loss" in line and not line["phase_step"]}
-    assert starts["warmup"]["valid_lm_loss"] == ends["dense"]["valid_lm_loss"]
-    assert starts["sparse"]["valid_lm_loss_dense"] == ends["warmup"]["valid_lm_loss_dense"]
-
-
-@pytest.mark.parametrize(
-    "ranks, flags",
-    [(2, ["--tensor-model-parallel-size", "2"]), (2, ["--context-parallel-size", "2"])],
-    ids=["tp2", "cp2"],
-)
-def test_twenty_steps_log_the_same_losses_at_any_layout(whole_run, tmp_path, ranks, flags):
-    result = distill(tmp_path, *flags, ranks=ranks)
-    assert result.returncode == 0, result.stderr[-3000:]
-    for expected, actual in zip(_steps(whole_run), _steps(metrics(tmp_path)), strict=True):
-        assert actual["lm_loss"] == pytest.approx(expected["lm_loss"], abs=1e-4)
-        assert actual["kd_loss"] == pytest.approx(expected["kd_loss"], abs=1e-4)
+@pytest.mark.parametrize("layout", ["tp2", "cp2", "pp2_vpp2"])
+def test_twenty_steps_log_the_same_losses_at_any_layout(whole_run, layout):
+    expected, actual = (_losses(whole_run(name)) for name in ("single", layout))
+    assert len(actual) == 20
+    for wanted, line in zip(expected, actual, strict=True):
+        assert line["lm_loss"] == pytest.approx(wanted["lm_loss"], abs=1e-4)
+        assert line["kd_loss"] == pytest.approx(wanted["kd_loss"], abs=1e-4)
 
 
 def test_a_run_cut_inside_a_phase_resumes_bitwise(whole_run, tmp_path):
-    """The same command again goes on from the newest checkpoint; every figure is equal to the last bit."""
+    """The same command again goes on from the newest checkpoint; steps that were lost are logged once."""
     cut = distill(tmp_path, "--exit-interval", "6", "--save-interval", "6", "--phases", "dense")
     assert cut.returncode == 75, cut.stderr[-3000:]
-    assert [line["step"] for line in _steps(metrics(tmp_path))] == list(range(1, 7))
-    rest = distill(tmp_path)
-    assert rest.returncode == 0, rest.stderr[-3000:]
-    for expected, actual in zip(whole_run, metrics(tmp_path), strict=True):
-        same = expected.keys() - NOT_COMPARED
-        assert {key: actual[key] for key in same} == {key: expected[key] for key in same}
+    assert [line["step"] for line in steps(tmp_path)] == list(range(1, 7))
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # as a kill two steps after the checkpoint leaves it
+        for step in (7, 8):
+            file.write(json.dumps(steps(tmp_path)[-1] | {"step": step, "phase_step": step}) + "\n")
+        file.write('{"step": 9, "lm_lo')
+    _assert_bitwise(whole_run("single"), _run("single", tmp_path))
+
+
+def _cut(layout: str, out: Path, after: int, number: signal.Signals, *flags: str) -> int:
+    """Start a run, signal it once `after` steps are logged. Returns its exit code."""
+    ranks, sizes = LAYOUTS[layout]
+    words = command(out, *sizes, *flags, ranks=ranks)
+    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len(steps(out)) < after:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        return process.wait(timeout=60)
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    "layout, number", [("tp2", signal.SIGTERM), ("pp2_vpp2", signal.SIGUSR1)], ids=["tp2", "pp2_vpp2"]
+)
+def test_a_signal_saves_on_every_rank_and_the_run_goes_on_bitwise(whole_run, tmp_path, layout, number):
+    assert _cut(layout, tmp_path, 3, number, "--phases=dense") == 75
+    done = len(steps(tmp_path))
+    tracker = tmp_path / "checkpoints" / "01_dense" / "latest_checkpointed_iteration.txt"
+    assert 3 <= done < 10 and int(tracker.read_text()) == done
+    rest = _run(layout, tmp_path, "--phases=dense")
+    _assert_bitwise([line for line in whole_run(layout) if line["phase"] == "dense"], rest)
+
+
+@pytest.fixture(scope="session")
+def cut_at_tp2_pp2(tmp_path_factory) -> Path:
+    """A run of TP2 x PP2 that was left after five steps."""
+    out = tmp_path_factory.mktemp("cut")
+    ranks, sizes = LAYOUTS["tp2_pp2"]
+    left = distill(out, *sizes, "--phases=dense", "--exit-interval=5", "--save-interval=5", ranks=ranks)
+    assert left.returncode == 75, left.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("layout", ["single", "cp2", "dp4"])
+def test_a_checkpoint_of_tp2_pp2_goes_on_at_another_layout(whole_run, cut_at_tp2_pp2, tmp_path, layout):
+    out = shutil.copytree(cut_at_tp2_pp2, tmp_path / "run")
+    actual = _losses(_run(layout, out, "--phases=dense"))
+    expected = [line for line in _losses(whole_run("single")) if line["phase"] == "dense"]
+    for wanted, line in zip(expected, actual, strict=True):
+        assert line["lm_loss"] == pytest.approx(wanted["lm_loss"], abs=1e-5)
