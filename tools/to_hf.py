@@ -69,7 +69,7 @@ def main() -> None:
         getattr(torch, args.dtype) if args.dtype else None,
         args.max_shard_size,
         _tokenizer(args.tokenizer, arch.tokenizer_model),
-        run=folder.resolve().parents[2],
+        run=next(iter(folder.resolve().parents[2:3]), None),
     )
     with whole_folder(args.out, args.force) as temporary:
         export(reader, arch, temporary, options, _show_progress)

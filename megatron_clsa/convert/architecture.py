@@ -27,6 +27,7 @@ class Architecture:
         kv_channels: size of a head.
         sliding_window: tokens that a window layer sees, the query's own included.
         index_topk: positions that the index selects (of the phase that wrote the checkpoint).
+        add_qkv_bias: whether q, k and v have biases (Qwen2), in the window layers, cross layers and memory.
         tokenizer_model: path of the tokenizer at training time; None where it has no file.
     """
 
@@ -49,6 +50,7 @@ class Architecture:
     tie_embeddings: bool
     max_position_embeddings: int
     init_method_std: float = 0.02
+    add_qkv_bias: bool = False
     tokenizer_type: str | None = None
     tokenizer_model: str | None = None
 

@@ -111,7 +111,7 @@ def hf_config(arch: Architecture, dtype: torch.dtype, token_ids: dict[str, int])
         "rms_norm_eps": arch.layernorm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(arch.rotary_base)},
         "sliding_window": arch.sliding_window,
-        "attention_bias": False,
+        "attention_bias": arch.add_qkv_bias,
         "use_qk_norm": arch.qk_layernorm,
         "cross_qk_norm": arch.cross_qk_norm,
         "index_head_dim": arch.index_head_dim,

@@ -77,7 +77,11 @@ def _window_layer(ours: str, theirs: str, arch: Architecture) -> Iterator[Entry]
         tuple(f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"),
         (per_group, 1, 1),
         arch,
+        (hidden,),
     )
+    if arch.add_qkv_bias:
+        biases = tuple(f"{theirs}.self_attn.{part}_proj.bias" for part in "qkv")
+        yield _grouped(f"{ours}.linear_qkv.bias", biases, (per_group, 1, 1), arch)
     if arch.qk_layernorm:
         for part in "qk":
             yield _whole(f"{ours}.{part}_layernorm.weight", f"{theirs}.self_attn.{part}_norm.weight", width)
@@ -94,6 +98,8 @@ def _cross_layer(ours: str, theirs: str, arch: Architecture) -> Iterator[Entry]:
     inner = arch.num_attention_heads * width
     yield _whole(f"{ours}.linear_q.layer_norm_weight", f"{theirs}.input_layernorm.weight", hidden)
     yield _whole(f"{ours}.linear_q.weight", f"{theirs}.cross_attn.q_proj.weight", inner, hidden)
+    if arch.add_qkv_bias:
+        yield _whole(f"{ours}.linear_q.bias", f"{theirs}.cross_attn.q_proj.bias", inner)
     if arch.cross_qk_norm:
         yield _whole(f"{ours}.q_layernorm.weight", f"{theirs}.cross_attn.q_norm.weight", width)
     yield _whole(f"{ours}.linear_proj.weight", f"{theirs}.cross_attn.o_proj.weight", hidden, inner)
@@ -103,7 +109,10 @@ def _memory(arch: Architecture) -> Iterator[Entry]:
     hidden = arch.hidden_size
     yield _whole("memory.norm.weight", "model.memory.norm.weight", hidden)
     key_value = tuple(f"model.memory.{part}_proj.weight" for part in "kv")
-    yield _grouped("memory.linear_kv.weight", key_value, (1, 1), arch)
+    yield _grouped("memory.linear_kv.weight", key_value, (1, 1), arch, (hidden,))
+    if arch.add_qkv_bias:
+        biases = tuple(f"model.memory.{part}_proj.bias" for part in "kv")
+        yield _grouped("memory.linear_kv.bias", biases, (1, 1), arch)
     if arch.cross_qk_norm:
         yield _whole("memory.k_layernorm.weight", "model.memory.k_norm.weight", arch.kv_channels)
     for part in "qk":
@@ -121,19 +130,25 @@ def _whole(megatron: str, hf: str, *shape: int) -> Entry:
     return Entry(megatron, (hf,), shape, lambda tensor: [tensor], lambda parts: parts[0])
 
 
-def _grouped(megatron: str, hf: tuple[str, ...], heads: tuple[int, ...], arch: Architecture) -> Entry:
-    """`[g * sum(heads) * d, H]`, interleaved by group, to one `[g * n * d, H]` for each n of `heads`."""
-    groups, width, hidden = arch.num_query_groups, arch.kv_channels, arch.hidden_size
+def _grouped(
+    megatron: str,
+    hf: tuple[str, ...],
+    heads: tuple[int, ...],
+    arch: Architecture,
+    inputs: tuple[int, ...] = (),
+) -> Entry:
+    """`[g * sum(heads) * d, *inputs]`, interleaved by group, to one `[g * n * d, *inputs]` for each n."""
+    groups, width = arch.num_query_groups, arch.kv_channels
 
     def split(fused: Tensor) -> list[Tensor]:
-        by_group = fused.view(groups, sum(heads), width, hidden)
-        return [part.reshape(-1, hidden) for part in by_group.split(heads, dim=1)]
+        by_group = fused.view(groups, sum(heads), width, *inputs)
+        return [part.reshape(-1, *inputs) for part in by_group.split(heads, dim=1)]
 
     def join(parts: list[Tensor]) -> Tensor:
-        by_group = [p.view(groups, n, width, hidden) for p, n in zip(parts, heads, strict=True)]
-        return torch.cat(by_group, dim=1).reshape(-1, hidden)
+        by_group = [p.view(groups, n, width, *inputs) for p, n in zip(parts, heads, strict=True)]
+        return torch.cat(by_group, dim=1).reshape(-1, *inputs)
 
-    return Entry(megatron, hf, (groups * sum(heads) * width, hidden), split, join)
+    return Entry(megatron, hf, (groups * sum(heads) * width, *inputs), split, join)
 
 
 def _vocabulary(megatron: str, hf: str, arch: Architecture) -> Entry:

@@ -34,6 +34,7 @@ class CLSAConfig(PreTrainedConfig):
         num_key_value_heads (`int`): key/value heads, in the window layers and in the shared memory.
         head_dim (`int`, *optional*): size of a head; `hidden_size / num_attention_heads` by default.
         sliding_window (`int`): tokens that a window layer sees, the token itself included.
+        attention_bias (`bool`): biases of the query, key and value projections, everywhere (as in Qwen2).
         use_qk_norm (`bool`): RMSNorm of each query and key head in the window layers, before RoPE.
         cross_qk_norm (`bool`): the same for the cross-decoder's queries and the memory's keys.
         index_topk (`int`): positions that the index selects for each token (the paper's k).

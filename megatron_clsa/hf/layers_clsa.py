@@ -69,7 +69,7 @@ class _Heads(nn.Module):
 
     def _output(self) -> nn.Linear:
         width = self.config.num_attention_heads * self.head_dim
-        return nn.Linear(width, self.config.hidden_size, bias=self.config.attention_bias)
+        return nn.Linear(width, self.config.hidden_size, bias=False)
 
     def _norm(self, used: bool) -> CLSARMSNorm | None:
         return CLSARMSNorm(self.head_dim, self.config.rms_norm_eps) if used else None

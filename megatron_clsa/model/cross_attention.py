@@ -48,11 +48,12 @@ class CLSACrossAttention(MegatronModule):
         self.layer_number = layer_number
         self.head_dim = config.kv_channels
         width = config.num_attention_heads * self.head_dim
-        shared = dict(config=config, bias=False, is_expert=False, tp_group=pg_collection.tp)
+        shared = dict(config=config, is_expert=False, tp_group=pg_collection.tp)
         self.linear_q = build_module(
             submodules.linear_q,
             config.hidden_size,
             width,
+            bias=config.add_qkv_bias,
             init_method=config.init_method,
             gather_output=False,
             skip_bias_add=False,
@@ -70,6 +71,7 @@ class CLSACrossAttention(MegatronModule):
             submodules.linear_proj,
             width,
             config.hidden_size,
+            bias=False,
             init_method=config.output_layer_init_method,
             input_is_parallel=True,
             skip_bias_add=True,

@@ -68,7 +68,7 @@ class MemoryProjection(MegatronModule):
             2 * config.num_query_groups * self.head_dim,
             config=config,
             init_method=config.init_method,
-            bias=False,
+            bias=config.add_qkv_bias,
             gather_output=False,
             skip_bias_add=False,
             is_expert=False,

@@ -1,0 +1,122 @@
+"""The way back: a CLSA folder of Hugging Face's kind to a checkpoint that training starts from.
+
+Owns the mapping of config.json to `clsa.json` and the check that every tensor is there in its shape. Names
+and layouts are `names.py`'s, the checkpoint's format `dist_writer.py`'s. Needs no megatron.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_clsa.convert.architecture import Architecture
+from megatron_clsa.convert.dist_writer import TorchDistWriter
+from megatron_clsa.convert.names import Entry, entries
+from megatron_clsa.convert.weights import WeightFolder, rope_theta, rope_type
+from megatron_clsa.errors import UserError
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_self_decoder_layers": "num_self_decoder_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "sliding_window": "sliding_window",
+    "index_topk": "index_topk",
+    "index_head_dim": "index_head_dim",
+    "index_qk_norm": "index_qk_norm",
+    "qk_layernorm": "use_qk_norm",
+    "cross_qk_norm": "cross_qk_norm",
+    "layernorm_epsilon": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
+    "init_method_std": "initializer_range",
+    "add_qkv_bias": "attention_bias",
+}
+
+
+class WeightSource(Protocol):
+    """Anything that has a CLSA model's tensors under their Hugging Face names."""
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def architecture_of(folder: WeightFolder, tokenizer: Path | None) -> Architecture:
+    """The fields of `clsa.json`.
+
+    Raises:
+        UserError: if the folder holds another kind of model, or lacks a field.
+    """
+    config, path = folder.config, folder.folder / "config.json"
+    kind = config.get("model_type")
+    if kind != "clsa":
+        raise UserError(f"{path}: model_type is {kind}, not clsa; a dense model is read with --init-from")
+    missing = [theirs for theirs in _FIELDS.values() if theirs not in config]
+    if missing:
+        raise UserError(f"{path} lacks {missing[0]}")
+    if config.get("hidden_act") != "silu" or rope_type(config) != "default":
+        raise UserError(f"{path}: training knows hidden_act silu and rope_type default only")
+    return Architecture(
+        **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
+        rotary_base=rope_theta(config),
+        **tokenizer_fields(tokenizer),
+    )
+
+
+def tokenizer_fields(tokenizer: Path | None) -> dict[str, str]:
+    """How `clsa.json` names a tokenizer: Megatron's type and an absolute path."""
+    if tokenizer is None:
+        return {}
+    kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else "SentencePieceTokenizer"
+    return {"tokenizer_type": kind, "tokenizer_model": str(tokenizer.resolve())}
+
+
+def write_checkpoint(
+    source: WeightSource,
+    arch: Architecture,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Fill the existing folder `out`. `dtype`: None keeps each tensor's. `progress(tensors done, of all)`."""
+    table = list(entries(arch))
+    _check(source, table, arch)
+    with closing(TorchDistWriter(out)) as writer:
+        for number, entry in enumerate(table, start=1):
+            parts = [source.read(name) for name in entry.hf]
+            writer.add(entry.megatron, entry.join(parts).to(dtype or parts[0].dtype))
+            progress(number, len(table))
+        writer.finish()
+    arch.write(out)
+
+
+def _check(source: WeightSource, table: list[Entry], arch: Architecture) -> None:
+    left = source.names()
+    for name, shape in _hf_shapes(table):
+        if name not in left:
+            raise UserError(f"{source} lacks {name}: not the model that its config.json tells")
+        if source.shape(name) != shape:
+            raise UserError(
+                f"{source}: {name} has shape {list(source.shape(name))}, its config.json tells {list(shape)}"
+            )
+        left.discard(name)
+    if arch.tie_embeddings:
+        left.discard("lm_head.weight")
+    if left:
+        raise UserError(f"{source} holds {min(left)}, which the model of its config.json does not have")
+
+
+def _hf_shapes(table: list[Entry]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for entry in table:
+        parts = entry.split(torch.empty(entry.shape, device="meta"))
+        yield from ((name, tuple(part.shape)) for name, part in zip(entry.hf, parts, strict=True))

@@ -1,0 +1,108 @@
+"""Reads a Hugging Face folder's config and its safetensors, one tensor at a time.
+
+Owns the files and what can be wrong with them; knows no model. Reads no pickled weights (`*.bin`): they would
+execute what they hold.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_clsa.errors import UserError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class WeightFolder:
+    """One model folder, opened.
+
+    Attributes:
+        config: the contents of `config.json`.
+
+    Raises:
+        UserError: naming the file that is missing, cut or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = self._json("config.json")
+        self._files = self._locate()
+
+    def _json(self, name: str) -> dict:
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.folder} has no {name}: give the folder of a Hugging Face model") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is not a JSON object")
+        return content
+
+    def _locate(self) -> dict[str, Path]:
+        """Every tensor's file, and that the file has it."""
+        if (self.folder / _INDEX).is_file():
+            listed = self._json(_INDEX).get("weight_map", {})
+            names = dict.fromkeys(listed.values())
+        elif (self.folder / _SINGLE).is_file():
+            names, listed = [_SINGLE], None
+        else:
+            raise UserError(f"{self.folder} has no {_SINGLE}: save the model with safetensors")
+        found = {}
+        for name in names:
+            with self._open(self.folder / name) as file:
+                found |= dict.fromkeys(file.keys(), self.folder / name)
+        lost = sorted(set(listed or ()) - found.keys())
+        if lost:
+            raise UserError(f"{self.folder / listed[lost[0]]} lacks {lost[0]}, which {_INDEX} promises")
+        return found
+
+    def _open(self, path: Path):
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is missing or damaged: {error}") from None
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with self._open(self._files[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in the dtype of the file."""
+        path = self._files[name]
+        try:
+            with self._open(path) as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: {name} cannot be read: {error}") from None
+
+
+def rope_theta(config: dict) -> float:
+    """Base of the rotary embedding, where transformers 5 or an older version wrote it."""
+    parameters = config.get("rope_parameters") or {}
+    return float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def rope_type(config: dict) -> str:
+    """ "default", or the name of a scaling."""
+    for key in ("rope_parameters", "rope_scaling"):
+        scaling = config.get(key) or {}
+        kind = scaling.get("rope_type") or scaling.get("type")
+        if kind and kind != "default":
+            return kind
+    return "default"
+
+
+def stored_dtype(config: dict) -> torch.dtype | None:
+    """What the folder says its weights are in."""
+    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
