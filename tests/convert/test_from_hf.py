@@ -1,0 +1,145 @@
+"""What `tools/from_hf.py` writes loads at every layout and comes back from it to the last bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import ROOT, error_line, make, to_hf
+from layouts import Layout
+from safetensors.torch import load_file, save_file
+
+from megatron_clsa.convert.architecture import read_architecture
+from megatron_clsa.convert.dist_writer import STEP_FOLDER
+
+
+def from_hf(*words) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "from_hf.py"), *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("trained") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("hf") / "out"
+    assert to_hf(trained, out).returncode == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def start(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("start") / "checkpoint"
+    result = from_hf(folder, out, "--verify")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "verified: logits differ by at most" in result.stdout
+    return out
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def _assert_same_model(actual: Path, expected: Path):
+    left, right = _weights(actual), _weights(expected)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    assert (actual / "config.json").read_text() == (expected / "config.json").read_text()
+
+
+@pytest.mark.parametrize("layout", [None, Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)], ids=str)
+def test_round_trip_through_ranks_of_any_layout_is_bitwise(start, folder, layout, tmp_path):
+    """Folder -> checkpoint -> (loaded and saved by the ranks of a layout) -> folder."""
+    checkpoint = start
+    if layout is not None:
+        checkpoint = make(tmp_path / "checkpoint", layout, weights=start / STEP_FOLDER)
+    result = to_hf(checkpoint, tmp_path / "hf")
+    assert result.returncode == 0, result.stderr[-3000:]
+    _assert_same_model(tmp_path / "hf", folder)
+
+
+def test_the_architecture_comes_back(start, trained):
+    assert read_architecture(start) == read_architecture(trained)
+
+
+def test_bfloat16_weights_stay_bfloat16(folder, trained, tmp_path):
+    for words in (
+        (to_hf, trained, tmp_path / "half", "--dtype", "bfloat16"),
+        (from_hf, tmp_path / "half", tmp_path / "start"),
+        (to_hf, tmp_path / "start", tmp_path / "again"),
+    ):
+        result = words[0](*words[1:])
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert {t.dtype for t in _weights(tmp_path / "again").values()} == {torch.bfloat16}
+    _assert_same_model(tmp_path / "again", tmp_path / "half")
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the folder to damage."""
+    path = tmp_path / "copy"
+    path.mkdir()
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    return path
+
+
+def _refused(copy: Path, *words: str) -> str:
+    out = copy.parent / "start"
+    line = error_line(from_hf(copy, out, *words))
+    assert not out.exists() and not list(copy.parent.glob(".start*"))
+    return line
+
+
+def _shard(copy: Path) -> Path:
+    return next(copy.glob("*.safetensors"))
+
+
+def test_a_truncated_file_is_named(copy):
+    shard = _shard(copy)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert shard.name in _refused(copy)
+
+
+def test_a_missing_file_is_named(copy):
+    shard = _shard(copy)
+    shard.unlink()
+    assert shard.name in _refused(copy)
+
+
+def test_a_dense_model_needs_init_from(copy):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llama"}))
+    assert "model_type is llama" in _refused(copy) and "--init-from" in _refused(copy)
+
+
+def test_a_config_of_another_size_names_the_tensor(copy):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 62}))
+    line = _refused(copy)
+    assert "model.embed_tokens.weight" in line and "62" in line
+
+
+def test_a_tensor_that_no_clsa_model_has_is_named(copy):
+    shard = _shard(copy)
+    save_file(load_file(shard) | {"model.layers.0.self_attn.rotary": torch.ones(2)}, shard)
+    assert "model.layers.0.self_attn.rotary" in _refused(copy)
+
+
+def test_pickled_weights_are_never_opened(copy):
+    shard = _shard(copy)
+    torch.save(load_file(shard), copy / "pytorch_model.bin")
+    shard.unlink()
+    (copy / "model.safetensors.index.json").unlink()
+    assert "safetensors" in _refused(copy)
