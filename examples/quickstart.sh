@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a small CLSA through all four phases on two CPU processes, exports it, reloads it and samples from it.
-# Owns the order of things; every stage is a command that also runs alone. Text: the standard library's sources.
+# Trains a small CLSA through all four phases on two CPU processes, exports it, reloads it, samples from it.
+# Owns the order of things; every stage is a command that also runs alone. Text: Python's standard library.
 set -euo pipefail
 
 usage="usage: bash examples/quickstart.sh [--out DIR]
@@ -41,12 +41,12 @@ if [ -e "$out" ] && [ ! -d "$out" ]; then
     fail "--out $out is a file: name a folder"
 fi
 if [ -d "$out" ] && [ ! -d "$out/data" ] && [ -n "$(ls -A "$out")" ]; then
-    fail "--out $out holds something else: name a new folder, or one of an earlier quickstart to go on with it"
+    fail "--out $out holds something else: name a new folder, or an earlier quickstart's to go on"
 fi
 mkdir -p "$out/data" 2>/dev/null || fail "--out $out cannot be made: name a folder that you may write to"
 out="$(cd "$out" && pwd -P)"
 exec 8<"$out"
-flock --nonblock 8 || fail "--out $out: another quickstart is running there; wait for it or name another folder"
+flock --nonblock 8 || fail "--out $out: another quickstart is running there; wait, or name another"
 
 source "$root/tools/environment.sh"
 clsa_environment
@@ -64,6 +64,7 @@ stage() {
     shift
     printf '== %s\n' "$name" | tee -a "$log"
     "$@" || status=$?
+    [ "$status" != 75 ] || fail "$name was stopped and saved: the same command goes on" 75
     if [ "$status" != 0 ]; then
         tail -n 5 "$log" >&2
         fail "$name stopped with exit code $status; everything it said is in $log" "$status"
@@ -82,10 +83,10 @@ prepare() {
 
 # Says of Megatron's output only which phase runs and how the validation loss goes.
 train() {
-    torchrun --standalone --nproc-per-node 2 examples/distill.py --config examples/recipes/quickstart.yaml \
+    python examples/distill.py --nproc-per-node 2 --config examples/recipes/quickstart.yaml \
         --out "$out" --data-path "$data/corpus" --tokenizer-model "$data/tokenizer.model" 2>&1 \
         | tee -a "$log" \
-        | awk '/^phase / {print "   " $0; fflush()}
+        | awk 'match($0, /phase [0-9]+ [a-z_]+: .*/) {print "   " substr($0, RSTART); fflush()}
                / validation loss at / {print "     step " $5 ", validation loss " $10; fflush()}'
 }
 
