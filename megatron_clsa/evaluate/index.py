@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_clsa.evaluate.load import Subject
 from megatron_clsa.hf.layers_clsa import to_heads
+from megatron_clsa.kernels.dispatch import topk_index
+from megatron_clsa.kernels.rows import causal_rows
 
 FIGURES = ("coverage", "oracle_coverage", "recent_coverage", "random_coverage", "overlap")
 
@@ -90,6 +92,19 @@ def probe(model, ids: Tensor, count: int) -> tuple[dict[str, Tensor], Tensor]:
         figures = {name: (mass * mask).sum(-1) for name, mask in held.items()}
         layers.append(figures | {"overlap": (best & chosen).sum(-1) / config.index_topk})
     return {name: torch.stack([layer[name] for layer in layers]).cpu() for name in FIGURES}, shared.cpu()
+
+
+@torch.no_grad()
+def whole_index(model, ids: Tensor) -> Tensor:
+    """`[t, k]` int32: what every row of one sequence `[t]` selects, ascending, -1 after the last."""
+    capture = _Capture(model)
+    try:
+        model(input_ids=ids[None].to(model.device), use_cache=False)
+    finally:
+        capture.close()
+    query = model.memory.indexer.query(capture.source)
+    rows = causal_rows(1, len(ids), query.device)
+    return topk_index(query, capture.index_key, rows, model.config.index_topk)[0].cpu()
 
 
 def _index(model, capture: _Capture, rows: Tensor, visible: Tensor) -> Tensor:
