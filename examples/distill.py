@@ -12,15 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.training.launch import launch
-
-
-def train(words: list[str]) -> int:
-    import megatron_clsa.parallel.cpu  # noqa: F401  (before megatron is imported)
-    from megatron_clsa.training.run import main
-
-    return main(words)
-
+from megatron_clsa.training.launch import launch, train
 
 if __name__ == "__main__":
     sys.exit(launch(train, __file__, sys.argv[1:]))

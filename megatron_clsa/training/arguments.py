@@ -87,8 +87,7 @@ def _formats(action: argparse.Action) -> bool:
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="distill.py",
-        usage="python examples/distill.py [--nproc-per-node N] --config RECIPE [flags]",
+        usage="%(prog)s [--nproc-per-node N] --config RECIPE [flags]",
         allow_abbrev=False,
         description="Train a CLSA model through the phases of a recipe. Any flag below may stand in the "
         "recipe (dashes as underscores) or here, where it overrides the recipe in every phase.",
@@ -178,20 +177,18 @@ def parse_phase(recipe: Recipe, phase: Phase, command_line: list[str], ranks: in
     """
     parser = build_parser()
     options = recipe_options(parser)
-    for settings in (recipe.settings, phase.settings):
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    planning = any(word.partition("=")[0] == "--dry-run" for word in command_line)
+    defaults = HOUSE_DEFAULTS | (PLANNING if planning else platform_defaults())
+    words = flag_words(defaults, options, recipe.path)
+    for settings in recipe.settings_for(phase, ranks):
         _refuse_decided(settings, recipe)
-    planning = parse_command(command_line).dry_run is not None
-    defaults = PLANNING if planning else platform_defaults()
-    words = [
-        *flag_words(HOUSE_DEFAULTS | defaults, options, recipe.path),
-        *flag_words(recipe.settings, options, recipe.path),
-        *flag_words(phase.settings, options, recipe.path),
-        *command_line,
-    ]
+        words += flag_words(settings, options, recipe.path)
+    words += command_line
     args = parser.parse_args(words)
     args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
     args.rank = int(os.environ.get("RANK", "0"))
-    args.world_size = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    args.world_size = ranks
     _derive(args)
     return args
 

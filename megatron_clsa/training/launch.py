@@ -21,6 +21,14 @@ EXIT_DONE, EXIT_SAVED, EXIT_FAILED = 0, 75, 1
 GRACE_SECONDS = 30  # for the other ranks once one has failed; they hang in a collective then
 
 
+def train(words: list[str]) -> int:
+    """Train, in this process. The import takes seconds, which the process that starts ranks does without."""
+    import megatron_clsa.parallel.cpu  # noqa: F401  (before megatron is imported)
+    from megatron_clsa.training.run import main
+
+    return main(words)
+
+
 @one_line_errors
 def launch(main: Callable[[list[str]], int], script: str, words: list[str]) -> int:
     """Call `main(words)` or, with `--nproc-per-node N`, start `script` as N ranks and wait for them."""

@@ -15,7 +15,8 @@ import yaml
 from megatron_clsa.errors import UserError
 
 SECTIONS = ("model", "data", "parallel", "optimizer", "schedule", "evaluation", "checkpoint", "logging")
-PHASE_FIELDS = ("name", "minimum_coverage")
+PHASE_FIELDS = ("name", "minimum_coverage", "layouts")
+Layouts = dict[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Phase:
         number: 1-based place in the recipe; names the checkpoint folder.
         name: unique in the recipe, chosen by `--phases`.
         settings: flags of this phase alone; they override the recipe's.
+        layouts: flags by number of ranks; they override `settings` in a run of just that many.
         minimum_coverage: the phase is entered only if the last measured attention coverage, divided by the
             oracle's, is at least this. None enters without asking.
     """
@@ -33,6 +35,7 @@ class Phase:
     number: int
     name: str
     settings: dict[str, Any]
+    layouts: Layouts
     minimum_coverage: float | None
 
     @property
@@ -42,11 +45,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe. `settings` joins all sections: keys are flag names with underscores."""
+    """A parsed recipe. `settings` joins all sections: keys are flag names with underscores.
+
+    `layouts` holds flags by number of ranks: parallel sizes, recompute. They override `settings`.
+    """
 
     path: Path
     settings: dict[str, Any]
+    layouts: Layouts
     phases: tuple[Phase, ...]
+
+    def settings_for(self, phase: Phase, ranks: int) -> list[dict[str, Any]]:
+        """What the recipe says about a phase in a run of `ranks`; a later one overrides those before."""
+        return [self.settings, self.layouts.get(ranks, {}), phase.settings, phase.layouts.get(ranks, {})]
 
     def choose(self, names: str | None) -> tuple[Phase, ...]:
         """The phases named in a comma-separated list, in the recipe's order; None means all."""
@@ -66,7 +77,18 @@ def load_recipe(path: str | Path) -> Recipe:
     phases = document.pop("phases", None)
     if not isinstance(phases, list) or not phases:
         raise UserError(f"{path}: needs a list `phases:` with at least one phase")
-    return Recipe(path, _join_sections(document, path), _parse_phases(phases, path))
+    layouts = _parse_layouts(document.pop("layouts", None), path)
+    return Recipe(path, _join_sections(document, path), layouts, _parse_phases(phases, path))
+
+
+def _parse_layouts(layouts: Any, path: Path) -> Layouts:
+    layouts = layouts or {}
+    good = isinstance(layouts, dict) and all(
+        isinstance(ranks, int) and isinstance(settings, dict) for ranks, settings in layouts.items()
+    )
+    if not good:
+        raise UserError(f"{path}: layouts must map numbers of ranks to settings, such as 8: {{...}}")
+    return layouts
 
 
 def _read_yaml(path: Path) -> dict:
@@ -89,7 +111,7 @@ def _join_sections(document: dict, path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for section, values in document.items():
         if section not in SECTIONS:
-            raise UserError(unknown_key(section, [*SECTIONS, "phases"], path, "section"))
+            raise UserError(unknown_key(section, [*SECTIONS, "layouts", "phases"], path, "section"))
         for key, value in (values or {}).items():
             if key in settings:
                 raise UserError(f"{path}: {key} is set twice; keep one of them")
@@ -106,7 +128,8 @@ def _parse_phases(phases: list, path: Path) -> tuple[Phase, ...]:
         coverage = fields.get("minimum_coverage")
         if coverage is not None and not (isinstance(coverage, int | float) and 0 <= coverage <= 1):
             raise UserError(f"{path}: minimum_coverage {coverage} of phase {fields['name']} must be in 0..1")
-        parsed.append(Phase(number, fields["name"], settings, coverage))
+        layouts = _parse_layouts(fields.get("layouts"), path)
+        parsed.append(Phase(number, fields["name"], settings, layouts, coverage))
     names = [phase.name for phase in parsed]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two phases have the same name; names are {', '.join(names)}")
