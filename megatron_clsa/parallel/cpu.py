@@ -168,6 +168,8 @@ def patch_training():
         training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
         # It compiles two fusions that are off on the CPU: many seconds, and a C++ compiler is asked for.
         training.set_jit_fusion_options = lambda **named: None
+    # Imported here: it imports megatron-core, which must not happen before the first group of patches.
+    import_module("megatron_clsa.parallel.checkpoint_writer").write_in_process()
     # The wheel ships the compiled dataset helpers without the Makefile that pretrain insists on running.
     datasets.compile_helpers = lambda: None
 
