@@ -1,18 +1,23 @@
-"""Writes a checkpoint's files from a thread of the training process, synchronously or behind the next steps.
+"""How checkpoint files are written and read: from a thread of the trainer, and never as free pickle.
 
-Owns who writes and when a save counts as written. What is in the files, and their format, is megatron-core's;
-what makes a checkpoint complete is training/manifest.py's.
+Owns who writes, when a save counts as written, and which pickles are refused. The format is megatron-core's;
+what makes a checkpoint complete is convert/manifest.py's.
 
-megatron-core 0.19.2 hands even a synchronous save's results through a queue of a *spawned manager process*, which
-imports torch to unpickle them, and writes asynchronous saves from a forked or spawned writer that shares
-CUDA memory with the trainer. One process and one thread need neither: `write` and `fsync` release the GIL.
+megatron-core 0.19.2 sends even a synchronous save's results through a spawned manager process, which imports
+torch to unpickle them, and writes asynchronous saves from another process that shares CUDA memory with the
+trainer. A thread needs neither: `write` and `fsync` release the GIL.
 """
 
+import pickle
 import queue
 import threading
+import types
+from collections.abc import Callable
 from importlib import import_module
 
+import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncCallsQueue, AsyncRequest
+from torch.distributed.checkpoint._traverse import set_element
 
 
 class ThreadCaller(AsyncCaller):
@@ -28,7 +33,7 @@ class ThreadCaller(AsyncCaller):
         rank, buckets, results = async_req.async_fn_args
         buckets = [_copied(bucket) for bucket in buckets]
         self.thread = threading.Thread(
-            target=async_req.async_fn, args=(rank, buckets, results), name="checkpoint-writer"
+            target=async_req.async_fn, args=(rank, buckets, results), name="checkpoint-writer", daemon=True
         )
         self.thread.start()
 
@@ -40,7 +45,7 @@ class ThreadCaller(AsyncCaller):
         return not writing if no_dist else bool(self.sync_all_async_calls(int(writing)))
 
     def close(self, abort=False) -> None:
-        """Wait for the files. A thread cannot be aborted, and what it writes is no checkpoint until sealed."""
+        """Wait for the files. A thread cannot be aborted; what it writes is no checkpoint until sealed."""
         if self.thread is not None:
             self.thread.join()
 
@@ -72,3 +77,23 @@ def write_in_process() -> None:
     writer.get_write_results_queue = lambda mp_mode=None: queue.Queue()  # one a save
     writer._process_memory = lambda: 0  # for a debug line, and it needs psutil
     import_module(f"{strategies}.async_utils").AsyncCallsQueue = ThreadedCallsQueue
+
+
+def refuse_pickles(load_index: Callable) -> None:
+    """Read the index of a checkpoint with `load_index(file)` and its objects with `weights_only=True`.
+
+    torch.distributed.checkpoint unpickles both as they come, so that a planted file would run.
+    """
+    filesystem = import_module("torch.distributed.checkpoint.filesystem")
+    filesystem.pickle = types.SimpleNamespace(load=load_index, dump=pickle.dump)
+    planner = import_module("torch.distributed.checkpoint.default_planner")
+    planner.DefaultLoadPlanner.load_bytes = _load_plain_objects
+
+
+def _load_plain_objects(self, read_item, value) -> None:
+    """`DefaultLoadPlanner.load_bytes`, but with `weights_only=True`."""
+    name, loaded = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[name], loaded)
+    else:
+        self.state_dict[name] = loaded
