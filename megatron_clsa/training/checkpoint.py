@@ -65,21 +65,23 @@ class Loader:
                 f"{folder}: no checkpoint can be loaded ({faults[damaged[0]]}); move the folder away"
             )
         if folder.parent != self.own and (folder / TRACKER).is_file():
-            return self._without_manifest(folder)
+            return self._named_by_tracker(folder)
         return None
 
-    def _without_manifest(self, folder: Path) -> int:
-        """A checkpoint that another program wrote: nothing tells whether its bytes are still the same."""
-        text = (folder / TRACKER).read_text().strip()
-        if not text.isdigit():
-            raise UserError(
-                f"{folder / TRACKER} holds {text!r} instead of a step: write the step to load into it"
-            )
-        fault = _index_fault(manifest.step_folder(folder, int(text)))
+    def _named_by_tracker(self, folder: Path) -> int | None:
+        """Weights that were converted (`release`, no step) or that another program saved (no checksums)."""
+        text = (folder / TRACKER).read_text(errors="replace").strip()
+        if not text.isdigit() and text != "release":
+            raise UserError(f"{folder / TRACKER} holds {text[:20]!r}: write the step to load into it")
+        named = manifest.step_folder(folder, int(text)) if text.isdigit() else folder / text
+        if (named / manifest.NAME).is_file():
+            fault = self._fault(named)
+        else:
+            fault = _index_fault(named)
+            self._say(f"{named} has no {manifest.NAME}: loading it without checksums")
         if fault:
-            raise UserError(fault)
-        self._say(f"{folder} has no manifest: loading step {text} without checksums")
-        return int(text)
+            raise UserError(f"{fault}; give another checkpoint")
+        return int(text) if text.isdigit() else None
 
     def _fault(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, agreed on by all ranks; each reads its share of the files."""

@@ -258,8 +258,32 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_saved(small_disk
     assert len(steps(small_disk / "run")) >= newest
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_no_end_where_old_checkpoints_may_go(small_disk):
     flags = ["--phases", "dense", "--train-iters", "8", "--save-interval", "1", "--keep-last", "2"]
     result = distill(small_disk / "run", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     assert manifest.complete_steps(small_disk / "run" / PHASE) == [8, 7]
+
+
+def _release(folder: Path) -> Path:
+    """A converted checkpoint, as tools/from_hf.py leaves it."""
+    _complete(folder, 1)
+    manifest.step_folder(folder, 1).rename(folder / "release")
+    (folder / TRACKER).write_text("release\n")
+    return folder / "release"
+
+
+def test_converted_weights_are_checked_too(tmp_path, phase):
+    released = _release(tmp_path / "model")
+    shutil.copy(manifest.step_folder(phase, 6) / ".metadata", released)
+    assert _loader(phase.parent).newest(tmp_path / "model") is None
+    _flip_a_bit(released / "shard")
+    with pytest.raises(UserError, match="shard was changed after it was written"):
+        _loader(phase.parent).newest(tmp_path / "model")
+
+
+def test_a_foreign_tracker_that_names_nothing_is_refused_instead_of_ending_with_code_0(tmp_path):
+    (tmp_path / TRACKER).write_text("")
+    with pytest.raises(UserError, match="write the step to load"):
+        _loader(tmp_path / "run").newest(tmp_path)
