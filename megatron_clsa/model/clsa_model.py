@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.distill.kd_loss import attach_kd_loss, touch
+from megatron_clsa.distill.logit_kd import teacher_kl
 from megatron_clsa.kernels.rows import RowRange
 from megatron_clsa.model.decoder import CLSADecoder
 from megatron_clsa.model.forward_mode import ForwardMode
@@ -192,6 +193,9 @@ class CLSAModel(LanguageModule):
         logits, _ = self.output_layer(hidden, weight=tied)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
+        if mode.teacher is not None:
+            mode.report.teacher_kl = teacher_kl(logits, mode.teacher, self.tp_group)
+            logits = logits.clone()  # the loss below overwrites fp32 logits
         loss = self.compute_language_model_loss(labels, logits)
         mode.report.kd_loss_sum = self._sum_over_head_shards(state.kd_sum)
         if state.carrier.requires_grad:

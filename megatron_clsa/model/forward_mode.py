@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_clsa.config import CLSAConfig, CrossAttentionKind, KDLossKind
 
 if TYPE_CHECKING:
+    from megatron_clsa.distill.logit_kd import TeacherTargets
     from megatron_clsa.distill.probe import AttentionProbe
 
 
@@ -21,9 +22,11 @@ class ForwardReport:
     Attributes:
         kd_loss_sum: fp32 scalar, sum over this rank's unmasked rows of the distillation cross-entropy,
             averaged over all cross-decoder layers and heads. Divide by the token count to report it.
+        teacher_kl: `[b, s/cp]` fp32 KL to the teacher, to be differentiated.
     """
 
     kd_loss_sum: Tensor | None = None
+    teacher_kl: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,22 @@ class ForwardMode:
         cross_attention: dense or sparse reading of the memory.
         kd_loss: support of the distillation loss, or off.
         probe: collects attention mass on sampled rows, for evaluation.
+        teacher: a dense teacher's targets for these rows, on the last stage.
         report: where the last stage writes its values.
     """
 
     cross_attention: CrossAttentionKind
     kd_loss: KDLossKind = "off"
     probe: "AttentionProbe | None" = None
+    teacher: "TeacherTargets | None" = None
     report: ForwardReport = field(default_factory=ForwardReport)
 
     @staticmethod
-    def from_config(config: CLSAConfig, training: bool) -> "ForwardMode":
+    def from_config(
+        config: CLSAConfig, training: bool, teacher: "TeacherTargets | None" = None
+    ) -> "ForwardMode":
         """The phase's own mode; evaluation does not pay for the distillation loss."""
-        return ForwardMode(config.cross_attention, config.kd_loss if training else "off")
+        return ForwardMode(config.cross_attention, config.kd_loss if training else "off", teacher=teacher)
 
     @property
     def needs_projection(self) -> bool:

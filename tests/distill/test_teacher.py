@@ -1,0 +1,71 @@
+"""A teacher's targets are its own likeliest tokens, documents kept apart, alone or with shared weights."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_clsa.distill.teacher import Teacher, TeacherSpec
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "parallel"))
+from ranks import run_ranks
+
+SIZES = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2,
+}  # fmt: skip
+KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+VOCABULARY = 97  # of the tokenizer: the last three are the teacher's padding
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, tmp_path_factory):
+    torch.manual_seed(0)
+    config, kind = KINDS[request.param]
+    model = kind(config(**SIZES)).eval()
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def spec(folder, shards: int = 1, temperature: float = 1.0) -> TeacherSpec:
+    return TeacherSpec(Path(folder), "fp32", shards, VOCABULARY, 8, temperature, (1, 3))
+
+
+def packed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, VOCABULARY, (30,), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.cat([torch.arange(12), torch.arange(18)])
+
+
+@torch.no_grad()
+def test_targets_are_the_models_likeliest_tokens_of_each_document(model):
+    folder, own = model
+    tokens, positions = packed()
+    ids, log_probs, states = Teacher(spec(folder, temperature=2.0), "cpu").targets(tokens, positions)
+    for rows in (slice(0, 12), slice(12, 30)):
+        logits = own(tokens[None, rows]).logits[0, :, :VOCABULARY] / 2.0
+        best = logits.log_softmax(-1).topk(8, dim=-1)
+        assert torch.equal(ids[rows].long(), best.indices)
+        torch.testing.assert_close(log_probs[rows], best.values, rtol=0, atol=1e-5)
+        hidden = own(tokens[None, rows], output_hidden_states=True).hidden_states
+        torch.testing.assert_close(states[rows, 0], hidden[1][0], rtol=0, atol=1e-5)
+
+
+def _on_ranks(folder: str, out: str):
+    rank = torch.distributed.get_rank()
+    teacher = Teacher(spec(folder, shards=2), "cpu")
+    part = teacher.model.base_model.layers[0].mlp.up_proj.weight.to_local().numel()
+    torch.save((teacher.targets(*packed(rank)), part), f"{out}/{rank}.pt")
+
+
+def test_ranks_that_share_the_weights_give_their_own_sequences_targets(model, tmp_path):
+    folder, own = model
+    run_ranks(2, _on_ranks, str(folder), str(tmp_path))
+    alone = Teacher(spec(folder), "cpu")
+    for rank in range(2):
+        targets, part = torch.load(tmp_path / f"{rank}.pt")
+        assert part * 2 == own.base_model.layers[0].mlp.up_proj.weight.numel()
+        for mine, expected in zip(targets, alone.targets(*packed(rank)), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
