@@ -18,6 +18,7 @@ from megatron_clsa.config import CLSAConfig
 from megatron_clsa.errors import UserError
 from megatron_clsa.training.launch import FLAG
 from megatron_clsa.training.recipe import Phase, Recipe, flag_words, unknown_key
+from megatron_clsa.training.teacher_flags import add_teacher_group
 
 # What every CLSA model is, and what its checkpoints need to load at another layout. In front of everything.
 HOUSE_DEFAULTS = {
@@ -34,9 +35,6 @@ HOUSE_DEFAULTS = {
     "use_distributed_optimizer": True,
     "ckpt_format": "torch_dist",
     "dist_ckpt_optim_fully_reshardable": True,
-    "async_save": True,
-    "use_persistent_ckpt_worker": True,  # without it --async-save is switched off; ours is a thread
-    "async_strategy": "mcore",
     "exit_signal_handler": True,
     "eval_iters": 8,
     "log_interval": 1,
@@ -96,6 +94,7 @@ def build_parser() -> Parser:
         "recipe (dashes as underscores) or here, where it overrides the recipe in every phase.",
     )
     _add_run_group(parser)
+    add_teacher_group(parser)
     megatron = add_megatron_arguments(Parser(add_help=False, allow_abbrev=False))
     taken = {action.dest for action in megatron._actions}
     inherited = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -137,18 +136,6 @@ def _add_run_group(parser: argparse.ArgumentParser):
         default=0.5,
         metavar="X",
         help="--dry-run: share of the peak that kernels reach while they run. Default: 0.5.",
-    )
-    group.add_argument(
-        "--keep-last",
-        type=int,
-        metavar="N",
-        help="Delete checkpoints of a phase but its newest N. Default: keep all.",
-    )
-    group.add_argument(
-        "--keep-every",
-        type=int,
-        metavar="STEPS",
-        help="With --keep-last: also keep the checkpoints at multiples of STEPS.",
     )
     group.add_argument(
         "--ignore-coverage-gate",

@@ -113,6 +113,7 @@ class StepRecorder:
             | {
                 "lm_loss": losses.get("lm loss"),
                 "kd_loss": losses.get("kd loss"),
+                **{name: losses[name] for name in ("teacher_kl", "hidden_loss") if name in losses},
                 "grad_norm": grad_norm,
                 "learning_rate": rate and float(f"{rate:.6g}"),  # it was reduced in fp32
                 "tokens_per_second": self.position.tokens_per_step / max(step_time, 1e-9),

@@ -6,7 +6,6 @@ Recipe, flags and OUT/run.json together. Owns the run's state file and the cover
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from megatron_clsa.training.checkpoint import Origin, newest_step
 from megatron_clsa.training.metrics import PhasePosition
 from megatron_clsa.training.recipe import Phase, Recipe
 from megatron_clsa.training.validation import validate_phase
-
-Newest = Callable[[Path], int | None]
 
 
 class RunState:
@@ -60,21 +57,16 @@ class PhaseRun:
     def steps(self) -> int:
         return self.args.train_iters
 
-    def origin(self, state: RunState, checkpoints: Path, newest: Newest = newest_step) -> Origin:
-        """Its own newest checkpoint or, on entering, the previous phase's last.
-
-        Args:
-            newest: which step to load from a folder, None if there is none.
-        """
-        step = newest(self.folder)
+    def origin(self, state: RunState, checkpoints: Path) -> Origin:
+        """Its own newest checkpoint or, on entering, the previous phase's last."""
+        step = newest_step(self.folder)
         if step is not None:
-            return Origin(self.folder, step, step)
+            return Origin(self.folder, step)
         if self.previous is None:
-            start = Path(self.args.pretrained_checkpoint) if self.args.pretrained_checkpoint else None
-            return Origin(start, newest(start) if start else None)
+            start = self.args.pretrained_checkpoint
+            return Origin(Path(start) if start else None)
         done = state.complete[self.previous]
-        folder = checkpoints / done["folder"]
-        return Origin(folder, newest(folder), moments=done["trainable"] == self.config.trainable)
+        return Origin(checkpoints / done["folder"], moments=done["trainable"] == self.config.trainable)
 
 
 @dataclass

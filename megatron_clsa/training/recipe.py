@@ -14,7 +14,17 @@ import yaml
 
 from megatron_clsa.errors import UserError
 
-SECTIONS = ("model", "data", "parallel", "optimizer", "schedule", "evaluation", "checkpoint", "logging")
+SECTIONS = (
+    "model",
+    "data",
+    "teacher",
+    "parallel",
+    "optimizer",
+    "schedule",
+    "evaluation",
+    "checkpoint",
+    "logging",
+)
 PHASE_FIELDS = ("name", "minimum_coverage", "layouts")
 Layouts = dict[int, dict[str, Any]]
 

@@ -1,9 +1,10 @@
 """One microbatch of training: read a batch, run the stage, return the loss that Megatron's schedules expect.
 
-Owns no reduction over ranks or microbatches: `megatron.training` adds up what `loss_parts` returns, over
-data- and context-parallel ranks, and divides once by the token count. Evaluation is in evaluation.py.
+Owns no reduction over ranks or microbatches: `megatron.training` adds up what the loss returns, over data-
+and context-parallel ranks, and divides once by the token count. Evaluation is in evaluation.py.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -12,22 +13,52 @@ from torch import Tensor
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.data.provider import get_batch
+from megatron_clsa.distill.logit_kd import HiddenMatch
 from megatron_clsa.model.forward_mode import ForwardMode, ForwardReport
 from megatron_clsa.training.evaluation import Evaluation, run_stage
+from megatron_clsa.training.teacher_flags import TeacherSettings
 
 
 class TrainingStep:
-    """Megatron's `forward_step_func`; batches of an evaluation go to `evaluation`."""
+    """Megatron's `forward_step_func`; batches of an evaluation go to `evaluation`.
 
-    def __init__(self, config: CLSAConfig, evaluation: Evaluation):
-        self.config, self.evaluation = config, evaluation
+    Under a teacher, training batches come ready from `TeacherSupply`, with its targets on the last stage.
+    """
+
+    def __init__(self, config: CLSAConfig, evaluation: Evaluation, teacher: TeacherSettings | None = None):
+        self.config, self.evaluation, self.teacher = config, evaluation, teacher
 
     def __call__(self, data_iterator, model):
         if not model.training:
             return self.evaluation.forward_step(data_iterator, model)
+        if self.teacher is not None:
+            return self._with_teacher(next(data_iterator), model)
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         mode = ForwardMode.from_config(self.config, training=True)
         return run_stage(model, batch, mode), partial(loss_parts, batch["loss_mask"], mode.report)
+
+    def _with_teacher(self, batch: dict, model):
+        targets = batch.get("teacher")
+        mode = ForwardMode.from_config(self.config, training=True, teacher=targets)
+        match = nullcontext()
+        if targets is not None and targets.hidden:
+            decoder = get_attr_wrapped_model(model, "decoder")
+            match = HiddenMatch(decoder, targets.hidden, batch["loss_mask"], decoder.tp_group)
+        with match:
+            output = run_stage(model, batch, mode)
+        return output, partial(self._teacher_loss, batch["loss_mask"], mode, match)
+
+    def _teacher_loss(self, loss_mask: Tensor, mode: ForwardMode, match, losses: Tensor):
+        """`loss_parts` with the language-model loss reweighted and the teacher's losses added."""
+        settings = self.teacher
+        total, count, figures = loss_parts(loss_mask, mode.report, losses)
+        kl = (mode.report.teacher_kl * loss_mask).sum()
+        figures["teacher_kl"] = torch.stack([kl.detach(), count.float()])
+        total = settings.lm_coeff * total + settings.loss_coeff * settings.spec.temperature**2 * kl
+        if isinstance(match, HiddenMatch):
+            figures["hidden_loss"] = torch.stack([match.reported(), count.float()])
+            total = total + settings.hidden_coeff * match.loss_sum
+        return total, count, figures
 
 
 def loss_parts(loss_mask: Tensor, report: ForwardReport, losses: Tensor) -> tuple[Tensor, Tensor, dict]:

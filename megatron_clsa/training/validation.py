@@ -19,6 +19,7 @@ from megatron_clsa.config import CLSAConfig
 from megatron_clsa.data.tokenizer import load_tokenizer
 from megatron_clsa.data.validation import validate_data_arguments
 from megatron_clsa.errors import UserError
+from megatron_clsa.training.teacher_flags import check_teacher, check_teacher_vocabulary
 
 REQUIRED = (
     "num_layers",
@@ -43,7 +44,10 @@ def validate_phase(args, phase_name: str) -> CLSAConfig:
         _check_sequence(args)
         if args.dry_run is None:
             _check_platform(args)
-            _check_data(args, _load_tokenizer(args))
+            check_teacher(args)
+            tokenizer = _load_tokenizer(args)
+            check_teacher_vocabulary(args, tokenizer.vocab_size)
+            _check_data(args, tokenizer)
         else:
             _set_vocabulary(args)
         return _megatron_checks(args)
