@@ -9,11 +9,13 @@ import io
 import pickle
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_clsa.convert.manifest import complete_steps, step_folder
 from megatron_clsa.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -47,6 +49,20 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def load_index(file: BinaryIO):
+    """The index of a checkpoint (`.metadata`). Runs nothing that a file may hold.
+
+    Raises:
+        pickle.UnpicklingError: if it holds anything else than an index.
+    """
+    try:
+        return _IndexUnpickler(file).load()
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise pickle.UnpicklingError(f"not an index: {error}") from None
+
+
 def find_checkpoint(path: Path) -> Path:
     """The folder with `.metadata`: `path`, or the newest checkpoint of the phase or run folder `path`.
 
@@ -55,6 +71,9 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / ".metadata").is_file():
         return path
+    complete = complete_steps(path)
+    if complete:
+        return step_folder(path, complete[0])
     tracker = path / TRACKER
     if tracker.is_file():
         step = tracker.read_text().strip()

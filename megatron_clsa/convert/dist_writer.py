@@ -7,6 +7,7 @@ largest tensor.
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_clsa.convert import manifest
 from megatron_clsa.convert.checkpoint import TRACKER
 
 STEP_FOLDER = "release"  # Megatron's name for weights that belong to no step
@@ -72,12 +74,15 @@ class TorchDistWriter:
         common = "common_state/shard_0_1"
         self._entries[common] = BytesStorageMetadata()
         self._append(MetadataIndex(common), [_COMMON])
+        os.fsync(self._file.fileno())
         self._file.close()
         index = Metadata(self._entries, storage_data=self._places)
         (self.folder / "metadata.json").write_text(
             json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
         )
         (self.folder / ".metadata").write_bytes(pickle.dumps(index))
+        names = (_SLICES, "metadata.json", ".metadata")
+        manifest.seal(self.folder, {name: manifest.describe(self.folder / name) for name in names}, {})
         self._tracker.write_text(f"{STEP_FOLDER}\n")
 
     def close(self) -> None:

@@ -171,6 +171,8 @@ def patch_training():
         training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
         # It compiles two fusions that are off on the CPU: many seconds, and a C++ compiler is asked for.
         training.set_jit_fusion_options = lambda **named: None
+    # Imported here: it imports megatron-core, which must not happen before the first group of patches.
+    import_module("megatron_clsa.parallel.checkpoint_io").write_in_process()
     # The wheel ships the compiled dataset helpers without the Makefile that pretrain insists on running.
     datasets.compile_helpers = lambda: None
 
@@ -190,6 +192,14 @@ def wrap_training(name: str, around: Callable | None):
     wrapped = functools.partial(around, original)
     wrapped.original = original
     setattr(training, name, wrapped)
+
+
+def wrap_save(around: Callable):
+    """Call `around(original, ...)` in place of `dist_checkpointing.save`, which has no last word upstream."""
+    module = import_module("megatron.core.dist_checkpointing")
+    original = getattr(module.save, "original", module.save)
+    module.save = functools.partial(around, original)
+    module.save.original = original
 
 
 @contextlib.contextmanager

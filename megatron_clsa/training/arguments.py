@@ -35,6 +35,9 @@ HOUSE_DEFAULTS = {
     "use_distributed_optimizer": True,
     "ckpt_format": "torch_dist",
     "dist_ckpt_optim_fully_reshardable": True,
+    "async_save": True,
+    "use_persistent_ckpt_worker": True,  # without it --async-save is switched off; ours is a thread
+    "async_strategy": "mcore",
     "exit_signal_handler": True,
     "eval_iters": 8,
     "log_interval": 1,
@@ -136,6 +139,18 @@ def _add_run_group(parser: argparse.ArgumentParser):
         default=0.5,
         metavar="X",
         help="--dry-run: share of the peak that kernels reach while they run. Default: 0.5.",
+    )
+    group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="Delete checkpoints of a phase but its newest N. Default: keep all.",
+    )
+    group.add_argument(
+        "--keep-every",
+        type=int,
+        metavar="STEPS",
+        help="With --keep-last: also keep the checkpoints at multiples of STEPS.",
     )
     group.add_argument(
         "--ignore-coverage-gate",

@@ -6,6 +6,7 @@ Recipe, flags and OUT/run.json together. Owns the run's state file and the cover
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from megatron_clsa.training.checkpoint import Origin, newest_step
 from megatron_clsa.training.metrics import PhasePosition
 from megatron_clsa.training.recipe import Phase, Recipe
 from megatron_clsa.training.validation import validate_phase
+
+Newest = Callable[[Path], int | None]
 
 
 class RunState:
@@ -57,16 +60,21 @@ class PhaseRun:
     def steps(self) -> int:
         return self.args.train_iters
 
-    def origin(self, state: RunState, checkpoints: Path) -> Origin:
-        """Its own newest checkpoint or, on entering, the previous phase's last."""
-        step = newest_step(self.folder)
+    def origin(self, state: RunState, checkpoints: Path, newest: Newest = newest_step) -> Origin:
+        """Its own newest checkpoint or, on entering, the previous phase's last.
+
+        Args:
+            newest: which step to load from a folder, None if there is none.
+        """
+        step = newest(self.folder)
         if step is not None:
-            return Origin(self.folder, step)
+            return Origin(self.folder, step, step)
         if self.previous is None:
-            start = self.args.pretrained_checkpoint
-            return Origin(Path(start) if start else None)
+            start = Path(self.args.pretrained_checkpoint) if self.args.pretrained_checkpoint else None
+            return Origin(start, newest(start) if start else None)
         done = state.complete[self.previous]
-        return Origin(checkpoints / done["folder"], moments=done["trainable"] == self.config.trainable)
+        folder = checkpoints / done["folder"]
+        return Origin(folder, newest(folder), moments=done["trainable"] == self.config.trainable)
 
 
 @dataclass

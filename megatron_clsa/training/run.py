@@ -7,6 +7,7 @@ started again in a new process bitwise equal to one that never stopped. Entering
 through the checkpoint of the one before.
 """
 
+import errno
 import gc
 import os
 import signal
@@ -23,12 +24,16 @@ from megatron.training.global_vars import get_signal_handler, get_tokenizer, set
 from megatron.training.training import destroy_global_state
 
 from megatron_clsa.convert.architecture import Architecture, check_same_architecture, read_architecture
+from megatron_clsa.convert.checkpoint import load_index
 from megatron_clsa.data.provider import train_valid_test_datasets_provider
+from megatron_clsa.errors import UserError
 from megatron_clsa.model.builder import CLSAModelConfig
-from megatron_clsa.parallel.cpu import patch_training, wrap_training
+from megatron_clsa.parallel.checkpoint_io import refuse_pickles
+from megatron_clsa.parallel.cpu import patch_training, wrap_save, wrap_training
 from megatron_clsa.training.arguments import parse_command
-from megatron_clsa.training.checkpoint import Origin, load_moments
+from megatron_clsa.training.checkpoint import Loader, Origin, load_moments, newest_step
 from megatron_clsa.training.dry_run import dry_run
+from megatron_clsa.training.durable import save_durably
 from megatron_clsa.training.evaluation import Evaluation, evaluate_on_entry
 from megatron_clsa.training.metrics import MetricsFile, StepRecorder
 from megatron_clsa.training.plan import PhaseRun, RunPlan, check_gate, check_origin, make_plan
@@ -37,7 +42,7 @@ from megatron_clsa.training.step import TrainingStep
 from megatron_clsa.training.teacher_flags import TeacherSettings
 from megatron_clsa.training.teacher_supply import TeacherSupply
 
-EXIT_DONE, EXIT_SAVED = 0, 75
+EXIT_DONE, EXIT_FAILED, EXIT_SAVED = 0, 1, 75
 
 
 def main(words: list[str]) -> int:
@@ -56,6 +61,8 @@ def main(words: list[str]) -> int:
 def run_phases(plan: RunPlan) -> int:
     """Run what the plan holds; stops after a phase that was left early."""
     patch_training()
+    refuse_pickles(load_index)
+    wrap_save(save_durably)
     # Slurm warns with USR1 before the time limit, preemption sends TERM: save and leave on both.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     plan.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -85,7 +92,8 @@ def launcher_store() -> dist.Store:
 
 def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
     """Train one phase to its end. Returns its last figures, None if it saved and left early (a signal)."""
-    origin = run.origin(plan.state, plan.checkpoints)
+    loader = Loader(store, run.args.rank, run.args.world_size, plan.checkpoints)
+    origin = run.origin(plan.state, plan.checkpoints, loader.newest)
     origin.apply(run.args, run.folder)
     file = MetricsFile(plan.metrics)
     if run.args.rank == run.args.world_size - 1:
@@ -107,9 +115,14 @@ def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
             plan.state.finish(run.phase.name, _record(run, evaluation.last), write=run.args.rank == 0)
         return None if stopped else evaluation.last
     except SystemExit as left:
-        if left.code not in (None, 0):
-            raise
+        # Megatron also leaves with code 0 for lack of what it wanted to load; then nothing was saved.
+        if left.code not in (None, 0) or newest_step(run.folder) is None:
+            raise SystemExit(left.code or EXIT_FAILED) from None
         return None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"--out {plan.out}: {error.strerror}; make room, then run it again") from error
     finally:
         _tear_down()
 
