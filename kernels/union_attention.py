@@ -1,0 +1,171 @@
+"""Sparse attention through a union plan, as a differentiable torch operator.
+
+Owns launches, the operator's registration (fake tensors, autograd) and the shapes it takes. The meaning is
+`reference.attention` with an index. Axes: b batch, sq queries, sk keys, h query heads, g KV heads, d dim.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_clsa.kernels.plan import BLOCK, KeyGradientChunk, UnionPlan
+from megatron_clsa.kernels.union_backward import sum_rows, union_backward
+from megatron_clsa.kernels.union_forward import union_forward
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+LARGEST_GROUP = 32
+SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def supported(query: Tensor, key: Tensor) -> bool:
+    """Whether the kernels serve these tensors."""
+    group = query.shape[2] // key.shape[2]
+    return query.dtype in SUPPORTED and query.shape[3] in HEAD_DIMS and group <= LARGEST_GROUP
+
+
+def union_attention(query: Tensor, key: Tensor, value: Tensor, plan: UnionPlan, scale: float):
+    """`(out [b, sq, h, d], lse [b, h, sq] fp32)`; rows without keys give 0 and -inf. Both differentiable."""
+    return _attend(query, key, value, *_flat(plan), scale)
+
+
+def _flat(plan: UnionPlan):
+    """The plan as an operator's arguments: tensors, lists of tensors, integers."""
+    bounds = [n for chunk in plan.chunks for n in (*chunk.tiles, *chunk.rows)]
+    return (
+        plan.keys,
+        plan.members,
+        plan.offsets,
+        plan.order,
+        [chunk.key_offsets for chunk in plan.chunks],
+        [chunk.entries for chunk in plan.chunks],
+        bounds,
+        plan.queries,
+    )
+
+
+def _constants(query: Tensor, key: Tensor, queries: int) -> dict:
+    group = query.shape[2] // key.shape[2]
+    return {
+        "G": group,
+        "T": queries,
+        "R": max(16, triton.next_power_of_2(queries * group)),
+        "D": query.shape[3],
+        "BLOCK": BLOCK,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@torch.library.custom_op("megatron_clsa::union_attention", mutates_args=())
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+    key_offsets: list[Tensor],
+    entries: list[Tensor],
+    bounds: list[int],
+    queries: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
+    b, sq, h, _ = query.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(b, h, sq, dtype=torch.float32, device=query.device)
+    constants = _constants(query, key, queries)
+    wide = constants["R"] * constants["D"] > 64 * 128
+    union_forward[(order.numel(), key.shape[2])](
+        query, key, value, keys, members, offsets, order, out, lse, scale, triton.cdiv(sq, queries), sq,
+        *_strides(query, key, value), STAGES=2 if constants["D"] == 256 else 3, num_warps=8 if wide else 4,
+        **constants,
+    )  # fmt: skip
+    return out, lse
+
+
+@_attend.register_fake
+def _(query, key, value, keys, members, offsets, order, key_offsets, entries, bounds, queries, scale):
+    b, sq, h, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(b, h, sq, dtype=torch.float32)
+
+
+@torch.library.custom_op("megatron_clsa::union_attention_backward", mutates_args=())
+def _attend_backward(
+    dout: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    key_offsets: list[Tensor],
+    entries: list[Tensor],
+    bounds: list[int],
+    queries: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, query, key, value = (_rows_contiguous(x) for x in (dout, query, key, value))
+    (b, sq, _, d), (_, sk, g, _) = query.shape, key.shape
+    dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    total = torch.zeros(b, sk, g, 2, d, dtype=torch.float32, device=query.device)
+    constants = _constants(query, key, queries)
+    chunks = [
+        KeyGradientChunk((t0, t1), (p0, p1), *by_key)
+        for t0, t1, p0, p1, *by_key in zip(
+            *(bounds[i::4] for i in range(4)), key_offsets, entries, strict=True
+        )
+    ]
+    widest = max(chunk.rows[1] - chunk.rows[0] for chunk in chunks)
+    scratch = torch.empty(widest, g, 2, d, dtype=query.dtype, device=query.device)
+    for chunk in chunks:
+        (t0, t1), (p0, _) = chunk.tiles, chunk.rows
+        union_backward[(t1 - t0, g)](
+            query, key, value, dout, keys, members, offsets, lse, delta, dquery, scratch, scale, t1, p0,
+            triton.cdiv(sq, queries), sq, *_strides(query, key, value, dout),
+            STAGES=1 if d == 256 else 2, num_warps=8 if constants["R"] >= 64 else 4, **constants,
+        )  # fmt: skip
+        sum_rows[(b * sk, g)](
+            scratch, chunk.key_offsets, chunk.entries, total, WIDTH=2 * d, BLOCK=16, num_warps=2
+        )
+    dkey, dvalue = (part.to(key.dtype, copy=True) for part in total.unbind(3))
+    return dquery, dkey, dvalue
+
+
+@_attend_backward.register_fake
+def _(dout, delta, lse, query, key, value, *plan):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx, inputs, output):
+    query, key, value, keys, members, offsets, _, key_offsets, entries, *ctx.numbers = inputs
+    out, lse = output
+    ctx.save_for_backward(query, key, value, out, lse, keys, members, offsets, *key_offsets, *entries)
+
+
+def _differentiate(ctx, dout, dlse):
+    query, key, value, out, lse, keys, members, offsets, *lists = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    delta = torch.einsum("bshd,bshd->bhs", dout.float(), out.float())
+    if dlse is not None:  # d lse / d score is the probability itself
+        delta = delta - dlse
+    half = len(lists) // 2
+    gradients = _attend_backward(
+        dout, delta.contiguous(), lse, query, key, value, keys, members, offsets, lists[:half], lists[half:],
+        *ctx.numbers,
+    )  # fmt: skip
+    nothing = [None] * half  # torch.library wants a list of tensors answered by a list
+    return (*gradients, *[None] * 4, nothing, nothing, *[None] * 3)
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,61 @@
+"""Sparse attention forward over a union plan: one program reads one tile's union for one KV head.
+
+Owns the online softmax of a tile (FlashAttention's recurrence over blocks of gathered keys). All query heads
+of a KV head are rows of one matrix, so that a gathered key serves T x G rows.
+Axes: R rows of a tile (query T, head G), n keys of a block, d head dim.
+"""
+
+import triton
+import triton.language as tl
+
+NEVER = tl.constexpr(-1e30)  # below every score; -inf would make inf - inf in tiles that begin empty
+
+
+@triton.jit
+def tile_rows(tile, tiles, kvh, sq, G: tl.constexpr, T: tl.constexpr, R: tl.constexpr):
+    """Of each row: its query's place in the tile, batch, position and head, and whether it exists."""
+    r = tl.arange(0, R)
+    place = r // G
+    batch = (tile // tiles).to(tl.int64)
+    query = (tile % tiles) * T + place
+    return place, batch, query, kvh * G + r % G, (place < T) & (query < sq)
+
+
+@triton.jit
+def union_forward(
+    Q, K, V, KEYS, MEMBERS, OFFSETS, ORDER, OUT, LSE, scale, tiles, sq,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    G: tl.constexpr, T: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.load(ORDER + tl.program_id(0))
+    kvh = tl.program_id(1)
+    heads = tl.num_programs(1) * G
+    place, batch, query, head, real = tile_rows(tile, tiles, kvh, sq, G, T, R)
+    d, n = tl.arange(0, D), tl.arange(0, BLOCK)
+    at = batch * q_b + query.to(tl.int64) * q_s + head * q_h
+    q = tl.load(Q + at[:, None] + d[None, :], mask=real[:, None], other=0.0)
+    base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
+    highest = tl.full([R], NEVER, tl.float32)
+    total = tl.zeros([R], tl.float32)
+    acc = tl.zeros([R, D], tl.float32)
+    log2_scale = scale * 1.4426950408889634
+    for p in tl.range(tl.load(OFFSETS + tile), tl.load(OFFSETS + tile + 1), BLOCK, num_stages=STAGES):
+        j, word = tl.load(KEYS + p + n).to(tl.int64), tl.load(MEMBERS + p + n)
+        key = tl.load(base_k + (j * k_s)[:, None] + d[None, :])
+        score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * log2_scale
+        member = ((word[None, :] >> place[:, None]) & 1) != 0
+        score = tl.where(member, score, NEVER)
+        above = tl.maximum(highest, tl.max(score, 1))
+        weight = tl.where(member, tl.exp2(score - above[:, None]), 0.0)
+        shrink = tl.exp2(highest - above)
+        total = total * shrink + tl.sum(weight, 1)
+        value = tl.load(base_v + (j * v_s)[:, None] + d[None, :])
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+        highest = above
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    to = OUT + ((batch * sq + query) * heads + head)[:, None] * D + d[None, :]
+    tl.store(to, out.to(OUT.dtype.element_ty), mask=real[:, None])
+    lse = tl.where(total > 0, (highest + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    tl.store(LSE + (batch * heads + head) * sq + query, lse, mask=real)
