@@ -42,14 +42,14 @@ def union_backward(
         member = ((word[None, :] >> place[:, None]) & 1) != 0
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * log2_scale - lse[:, None]
         weight = tl.exp2(tl.where(member, score, float("-inf")))
+        to = ROWS + ((p - row0 + n) * groups + kvh)[:, None] * (2 * D) + d[None, :]
+        dvalue = tl.dot(tl.trans(weight.to(q.dtype)), dout, input_precision=PRECISION)
+        tl.store(to + D, dvalue.to(ROWS.dtype.element_ty))
         dweight = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
         dscore = (weight * (dweight - delta[:, None])).to(q.dtype)
-        dq = tl.dot(dscore, key, dq, input_precision=PRECISION)
-        dvalue = tl.dot(tl.trans(weight.to(q.dtype)), dout, input_precision=PRECISION)
         dkey = tl.dot(tl.trans(dscore), q, input_precision=PRECISION) * scale
-        to = ROWS + ((p - row0 + n) * groups + kvh)[:, None] * (2 * D) + d[None, :]
         tl.store(to, dkey.to(ROWS.dtype.element_ty))
-        tl.store(to + D, dvalue.to(ROWS.dtype.element_ty))
+        dq = tl.dot(dscore, key, dq, input_precision=PRECISION)
     to = DQ + ((batch * sq + query) * groups * G + head)[:, None] * D + d[None, :]
     tl.store(to, (dq * scale).to(DQ.dtype.element_ty), mask=real[:, None])
 
