@@ -7,12 +7,15 @@ h query heads, g KV heads, d head dim, k selected.
 
 from torch import Tensor
 
-from megatron_clsa.kernels import indexer_topk
+from megatron_clsa.kernels import flash, indexer_topk, union_attention
 from megatron_clsa.kernels import streaming_kd as _kd
 from megatron_clsa.kernels import window as _window
+from megatron_clsa.kernels.plan import UnionPlan, build_union_plan, queries_of_tile
 from megatron_clsa.kernels.rows import RowRange
 from megatron_clsa.kernels.streaming_attention import streaming_attention
 from megatron_clsa.kernels.streaming_topk import streaming_topk
+
+ROWS_OF_TILE = 64  # measured: 128 costs more FLOPs than it saves gathers unless the index is nearly random
 
 
 def topk_index(q_idx: Tensor, k_idx: Tensor, rows: RowRange, k: int) -> Tensor:
@@ -28,23 +31,34 @@ def topk_index(q_idx: Tensor, k_idx: Tensor, rows: RowRange, k: int) -> Tensor:
 
 def dense_attention(query, key, value, rows: RowRange, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over all visible keys: `(out [b, sq, h, d], lse [b, h, sq])`, lse in natural log."""
+    if flash.supported(query, rows, key.shape[1]):
+        return flash.flash_attention(query, key, value, rows, scale)
     return streaming_attention(query, key, value, rows, scale)
 
 
-def build_plan(index: Tensor, rows: RowRange, num_keys: int) -> None:
-    """What sparse attention derives from an index, once a microbatch; the plain-torch path needs nothing."""
-    return None
+def build_plan(index: Tensor, rows: RowRange, num_keys: int, group_size: int) -> UnionPlan | None:
+    """What sparse attention derives from an index, once a microbatch, for `group_size` heads a KV head.
+
+    None where the plain-torch path serves, which needs nothing.
+    """
+    if not index.is_cuda:
+        return None
+    return build_union_plan(index, rows, num_keys, queries_of_tile(group_size, ROWS_OF_TILE))
 
 
 def sparse_attention(
     query, key, value, index, rows: RowRange, scale: float, plan=None
 ) -> tuple[Tensor, Tensor]:
     """Attention over `index [b, sq, k]` (-1 ignored): `(out [b, sq, h, d], lse [b, h, sq])`."""
+    if plan is not None and union_attention.supported(query, key):
+        return union_attention.union_attention(query, key, value, plan, scale)
     return streaming_attention(query, key, value, rows, scale, index)
 
 
 def window_attention(query, key, value, rows: RowRange, window: int, scale: float) -> Tensor:
     """Attention over at most `window` keys a row; `rows.start` already includes the window."""
+    if flash.supported(query, rows, key.shape[1]):
+        return flash.flash_attention(query, key, value, rows, scale, window)[0]
     return _window.window_attention(query, key, value, rows, window, scale)
 
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from megatron_clsa.kernels.plan import BLOCK, KeyGradientChunk, UnionPlan
-from megatron_clsa.kernels.union_backward import sum_rows, union_backward
+from megatron_clsa.kernels.union_backward import row_products, sum_rows, union_backward
 from megatron_clsa.kernels.union_forward import union_forward
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -101,7 +101,8 @@ def _(query, key, value, keys, members, offsets, order, key_offsets, entries, bo
 @torch.library.custom_op("megatron_clsa::union_attention_backward", mutates_args=())
 def _attend_backward(
     dout: Tensor,
-    delta: Tensor,
+    dlse: Tensor,
+    out: Tensor,
     lse: Tensor,
     query: Tensor,
     key: Tensor,
@@ -116,7 +117,10 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, query, key, value = (_rows_contiguous(x) for x in (dout, query, key, value))
-    (b, sq, _, d), (_, sk, g, _) = query.shape, key.shape
+    (b, sq, h, d), (_, sk, g, _) = query.shape, key.shape
+    delta = torch.empty(b, h, sq, dtype=torch.float32, device=query.device)
+    row_products[(triton.cdiv(sq, 64), b * h)](out, dout, delta, sq, h, *_strides(out, dout), D=d, BLOCK=64)
+    delta -= dlse  # d lse / d score is the probability itself
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     total = torch.zeros(b, sk, g, 2, d, dtype=torch.float32, device=query.device)
     constants = _constants(query, key, queries)
@@ -133,7 +137,7 @@ def _attend_backward(
         union_backward[(t1 - t0, g)](
             query, key, value, dout, keys, members, offsets, lse, delta, dquery, scratch, scale, t1, p0,
             triton.cdiv(sq, queries), sq, *_strides(query, key, value, dout),
-            STAGES=1 if d == 256 else 2, num_warps=8 if constants["R"] >= 64 else 4, **constants,
+            STAGES=1, num_warps=8 if constants["R"] > 64 else 4, **constants,
         )  # fmt: skip
         sum_rows[(b * sk, g)](
             scratch, chunk.key_offsets, chunk.entries, total, WIDTH=2 * d, BLOCK=16, num_warps=2
@@ -143,7 +147,7 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _(dout, delta, lse, query, key, value, *plan):
+def _(dout, dlse, out, lse, query, key, value, *plan):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -156,12 +160,10 @@ def _keep(ctx, inputs, output):
 def _differentiate(ctx, dout, dlse):
     query, key, value, out, lse, keys, members, offsets, *lists = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    delta = torch.einsum("bshd,bshd->bhs", dout.float(), out.float())
-    if dlse is not None:  # d lse / d score is the probability itself
-        delta = delta - dlse
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
     half = len(lists) // 2
     gradients = _attend_backward(
-        dout, delta.contiguous(), lse, query, key, value, keys, members, offsets, lists[:half], lists[half:],
+        dout, dlse, out, lse, query, key, value, keys, members, offsets, lists[:half], lists[half:],
         *ctx.numbers,
     )  # fmt: skip
     nothing = [None] * half  # torch.library wants a list of tensors answered by a list

@@ -1,8 +1,9 @@
 """Sparse attention backward over a union plan, without atomics.
 
-Owns two kernels. `union_backward` walks a tile's union once more (five products a block), keeps dQ in
-registers and writes the tile's dK and dV rows in plan order; `sum_rows` adds each key's rows in that order,
-in fp32: the same bits in every run. Axes: R rows of a tile, n keys of a block, d head dim, p plan rows.
+Owns three kernels. `row_products` prepares; `union_backward` walks a tile's union once more (five products a
+block), keeps dQ in registers and writes the tile's dK and dV rows in plan order; `sum_rows` adds each key's
+rows in that order, in fp32: the same bits in every run.
+Axes: b batch, h heads, R rows of a tile, n keys of a block, d head dim, p plan rows.
 """
 
 import triton
@@ -52,6 +53,21 @@ def union_backward(
         dq = tl.dot(dscore, key, dq, input_precision=PRECISION)
     to = DQ + ((batch * sq + query) * groups * G + head)[:, None] * D + d[None, :]
     tl.store(to, (dq * scale).to(DQ.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def row_products(
+    OUT, DOUT, DELTA, sq, h, o_b, o_s, o_h, do_b, do_s, do_h, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`DELTA [b, h, sq] = sum_d OUT * DOUT` in fp32, what the softmax's gradient subtracts."""
+    head, batch = tl.program_id(1) % h, (tl.program_id(1) // h).to(tl.int64)
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d, s64, inside = tl.arange(0, D), s.to(tl.int64), (s < sq)[:, None]
+    at = OUT + batch * o_b + head * o_h + (s64 * o_s)[:, None] + d[None, :]
+    out = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = DOUT + batch * do_b + head * do_h + (s64 * do_s)[:, None] + d[None, :]
+    dout = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(DELTA + (batch * h + head) * sq + s, tl.sum(out * dout, 1), mask=s < sq)
 
 
 @triton.jit

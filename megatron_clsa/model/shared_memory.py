@@ -110,7 +110,10 @@ def gather_memory(
         if shard.index is None:
             shard = MemoryShard(shard.kv, shard.idx, _index_own_rows(q_idx, k_idx, rows, config, tp_group))
         index = gather_rows(shard.index, tp_group).transpose(0, 1)
-    plan = dispatch.build_plan(index, rows, key.size(1)) if mode.cross_attention == "sparse" else None
+    plan = None
+    if mode.cross_attention == "sparse":
+        group_size = config.num_attention_heads // config.num_query_groups
+        plan = dispatch.build_plan(index, rows, key.size(1), group_size)
     return SharedMemory(key, value, q_idx, k_idx, index, rows, loss_rows, plan), shard
 
 

@@ -5,6 +5,8 @@ Owns the layout (context-parallel chunks and their halo), not the attention itse
 megatron-core's selective recompute can save it.
 """
 
+from functools import lru_cache
+
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -12,6 +14,14 @@ from torch import Tensor
 from megatron_clsa.kernels import dispatch
 from megatron_clsa.kernels.rows import RowRange
 from megatron_clsa.parallel.context import chunks_with_halo, gather_sequence, local_positions
+
+
+@lru_cache(maxsize=2)
+def _windowed_rows(attention_mask: Tensor, window: int) -> RowRange:
+    """One object for all layers of a microbatch (they pass the same tensor), so that what the kernels derive
+    from it is derived once.
+    """
+    return RowRange(*attention_mask).windowed(window)
 
 
 class WindowAttention(MegatronModule):
@@ -45,7 +55,7 @@ class WindowAttention(MegatronModule):
         packed_seq_params=None,
     ) -> Tensor:
         """Query `[s/cp, b, h/tp, d]`, key and value `[s/cp, b, g/tp, d]` -> `[s/cp, b, h/tp * d]`."""
-        rows = RowRange(*attention_mask).windowed(self.window)
+        rows = _windowed_rows(attention_mask, self.window)
         if self.cp_group.size() == 1:
             output = self._attend(*(x.transpose(0, 1) for x in (query, key, value)), rows)
         elif self.window - 1 <= query.size(0) // 2:
