@@ -1,0 +1,102 @@
+"""Rows of attention: sparse from an index (overlapping and random), dense and windowed, against cuDNN.
+
+Owns the cases and the peers; the kernels are what `megatron_clsa.kernels.dispatch` chooses.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from bench.harness import Comparison, Settings, family, length_name
+from bench.sparse_index import overlapping_index
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_clsa.kernels import dispatch
+from megatron_clsa.kernels.rows import causal_rows
+
+HEADS, GROUPS, DIM, SELECTED, WINDOW, LAYERS = 20, 4, 128, 2048, 512, 16
+SCALE = DIM**-0.5
+# Neighbours that share 7/8: 25 consecutive queries need about 4 k = 8192 keys.
+KINDS = {"": 8, "_random": 1}
+
+
+def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense causal attention of `[b, s, h, d]` tensors by cuDNN, through torch."""
+    parts = [x.transpose(1, 2) for x in (query, key, value)]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True, scale=SCALE)
+
+
+def _with_backward(attend: Callable[[], Tensor], inputs: list[Tensor]) -> None:
+    out = attend()
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+
+def _tensors(settings: Settings, length: int) -> list[Tensor]:
+    generator = torch.Generator(settings.device).manual_seed(length)
+    draw = partial(torch.randn, device=settings.device, generator=generator)
+    shapes = [(1, length, heads, DIM) for heads in (HEADS, GROUPS, GROUPS)]
+    return [draw(*shape).to(settings.dtype).requires_grad_() for shape in shapes]
+
+
+def _both(attend: Callable, inputs: list[Tensor], backward: bool) -> Callable:
+    return partial(_with_backward, attend, inputs) if backward else attend
+
+
+def _first(attend: Callable) -> Tensor:
+    """The output of an attention that also returns its LSE."""
+    return attend()[0]
+
+
+@family("attention")
+def attention_cases(settings: Settings) -> Iterator[Comparison]:
+    for length in settings.lengths:
+        inputs = _tensors(settings, length)
+        for suffix, stay in KINDS.items():
+            yield from _sparse(settings, length, inputs, suffix, stay)
+        yield from _dense(settings, length, inputs)
+
+
+def _sparse(settings: Settings, length: int, inputs: list[Tensor], suffix: str, stay: int):
+    """Plan, forward, forward and backward of one kind of index."""
+    rows, k = causal_rows(1, length, settings.device), min(SELECTED, length // 4)
+    index = overlapping_index(length, k, stay, settings.device)
+    plan = partial(dispatch.build_plan, index, rows, length, HEADS // GROUPS)
+    shared = f"neighbours share {1 - 1 / stay:.3f}"
+    yield Comparison(
+        metric=f"sparse_plan{suffix}_{length_name(length)}_ms",
+        shape=f"s {length}, k {k}, {shared}; serves {LAYERS} layers",
+        ours=plan,
+        bytes=float(index.nbytes),
+    )
+    made = plan()
+    sparse = partial(_first, partial(dispatch.sparse_attention, *inputs, index, rows, SCALE, made))
+    for name, backward in (("fwd", False), ("fwd_bwd", True)):
+        yield Comparison(
+            metric=f"sparse_attention_{name}{suffix}_{length_name(length)}_ms",
+            shape=f"{HEADS}/{GROUPS} heads of {DIM}, s {length}, k {k}, {shared}, {str(settings.dtype)[6:]}",
+            ours=_both(sparse, inputs, backward),
+            peers={"cuDNN dense causal": _both(partial(cudnn, *inputs), inputs, backward)},
+            flops=float((index >= 0).sum()) * 4 * HEADS * DIM * (3.5 if backward else 1),
+            extra={"union_rows": made.union_rows} if made else {},
+        )
+
+
+def _dense(settings: Settings, length: int, inputs: list[Tensor]):
+    """Dense and windowed attention, forward and backward."""
+    rows = causal_rows(1, length, settings.device)
+    dense = partial(_first, partial(dispatch.dense_attention, *inputs, rows, SCALE))
+    window = partial(dispatch.window_attention, *inputs, rows.windowed(WINDOW), WINDOW, SCALE)
+    for metric, ours, pairs in (
+        ("dense_attention", dense, length**2 / 2),
+        ("window_attention", window, length * min(WINDOW, length)),
+    ):
+        yield Comparison(
+            metric=f"{metric}_fwd_bwd_{length_name(length)}_ms",
+            shape=f"{HEADS}/{GROUPS} heads of {DIM}, s {length}, causal, {str(settings.dtype)[6:]}",
+            ours=_both(ours, inputs, True),
+            peers={"cuDNN dense causal": _both(partial(cudnn, *inputs), inputs, True)},
+            flops=pairs * 4 * HEADS * DIM * 3.5,
+        )
