@@ -1,29 +1,17 @@
 """What `tools/from_hf.py` writes loads at every layout and comes back from it to the last bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import ROOT, error_line, make, to_hf
+from checkpoints import error_line, make
 from layouts import Layout
 from safetensors.torch import load_file, save_file
+from tools_here import from_hf, to_hf
 
 from megatron_clsa.convert.architecture import read_architecture
 from megatron_clsa.convert.dist_writer import STEP_FOLDER
-
-
-def from_hf(*words) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "from_hf.py"), *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
