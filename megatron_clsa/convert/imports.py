@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.dist_writer import TorchDistWriter
 from megatron_clsa.convert.names import Entry, entries
+from megatron_clsa.convert.recipe_section import write_recipe_section
 from megatron_clsa.convert.weights import WeightFolder, rope_theta, rope_type
 from megatron_clsa.errors import UserError
 
@@ -98,6 +99,7 @@ def write_checkpoint(
             progress(number, len(table))
         writer.finish()
     arch.write(out)
+    write_recipe_section(arch, out)
 
 
 def _check(source: WeightSource, table: list[Entry], arch: Architecture) -> None:

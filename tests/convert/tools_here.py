@@ -1,4 +1,4 @@
-"""`tools/to_hf.py` and `tools/from_hf.py` in this process: as commands, without the seconds that imports take."""
+"""`tools/to_hf.py` and `tools/from_hf.py` in this process, without the seconds that their imports take."""
 
 import io
 import runpy
