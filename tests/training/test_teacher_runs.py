@@ -1,27 +1,40 @@
 """A run under a dense teacher: the same losses at any layout of student and teacher, and refusals."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import distill, steps
+from runs import ROOT, distill, run, steps
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(ROOT / "tests" / "evaluate"))
+from eval_folder import byte_tokenizer
 
 RECIPE = Path(__file__).parent / "tiny_teacher.yaml"
 HIDDEN = ("--teacher-hidden-coeff", "0.5", "--teacher-layer-map", "2:2,4:4")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
+def _save_teacher(folder: Path, vocabulary: int) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=140, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=128,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=128,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("teacher")
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return _save_teacher(tmp_path_factory.mktemp("teacher"), 140)
+
+
+@pytest.fixture
+def teacher_of_bytes(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    return _save_teacher(tmp_path / "teacher", 260)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +66,23 @@ def test_every_layout_takes_the_same_steps(alone, teacher, tmp_path, ranks, flag
     for expected, actual in zip(alone, steps(tmp_path), strict=True):
         for name in ("lm_loss", "teacher_kl", "hidden_loss", "grad_norm"):
             assert actual[name] == pytest.approx(expected[name], abs=1e-4), (name, actual["step"])
+
+
+def test_a_short_distillation_on_real_text_lowers_the_kl(teacher_of_bytes, tmp_path):
+    """The text is this project's own documentation, the teacher's tokenizer the run's."""
+    text = [str(path) for path in (ROOT / "docs").glob("*.md")]
+    prefix, kind = str(tmp_path / "data"), ["--tokenizer-type", "HuggingFaceTokenizer"]
+    tokenizer = [*kind, "--tokenizer-model", str(teacher_of_bytes)]
+    tool = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--output-prefix", prefix]
+    made = run([*tool, "--input", *text, "--workers", "1", *tokenizer])
+    assert made.returncode == 0, made.stderr[-3000:]
+    (tmp_path / "recipe.yaml").write_text(RECIPE.read_text().replace("  mock_data: true\n", ""))
+    words = ["--teacher", str(teacher_of_bytes), *tokenizer, "--data-path", prefix, "--split", "90,10,0"]
+    words += ["--train-iters", "40", "--lr", "1e-2", "--teacher-temperature", "1"]
+    result = distill(tmp_path / "out", *words, recipe=tmp_path / "recipe.yaml")
+    assert result.returncode == 0, result.stderr[-3000:]
+    kl = [line["teacher_kl"] for line in steps(tmp_path / "out")]
+    assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
 
 
 @pytest.mark.slow
