@@ -16,6 +16,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.errors import UserError
+from megatron_clsa.training.guards import POLICIES, GuardSettings
 from megatron_clsa.training.launch import FLAG
 from megatron_clsa.training.recipe import Phase, Recipe, flag_words, unknown_key
 from megatron_clsa.training.teacher_flags import add_teacher_group
@@ -39,6 +40,7 @@ HOUSE_DEFAULTS = {
     "use_persistent_ckpt_worker": True,  # without it --async-save is switched off; ours is a thread
     "async_strategy": "mcore",
     "exit_signal_handler": True,
+    "no_check_for_nan_in_loss_and_grad": True,  # guards.py does it, before the update and with a policy
     "eval_iters": 8,
     "log_interval": 1,
 }
@@ -97,6 +99,7 @@ def build_parser() -> Parser:
         "recipe (dashes as underscores) or here, where it overrides the recipe in every phase.",
     )
     _add_run_group(parser)
+    _add_guard_group(parser)
     add_teacher_group(parser)
     megatron = add_megatron_arguments(Parser(add_help=False, allow_abbrev=False))
     taken = {action.dest for action in megatron._actions}
@@ -156,6 +159,31 @@ def _add_run_group(parser: argparse.ArgumentParser):
         "--ignore-coverage-gate",
         action="store_true",
         help="Enter a phase although the index covers less than the recipe's minimum_coverage.",
+    )
+
+
+def _add_guard_group(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("guards", "What a step that goes wrong leads to.")
+    defaults = GuardSettings()
+    group.add_argument(
+        "--on-nan",
+        choices=POLICIES,
+        default=defaults.on_nan,
+        help="A loss or gradient that is not finite: stop the run, skip the update, or go back to the newest "
+        "checkpoint and on without that step's data. Default: stop.",
+    )
+    group.add_argument(
+        "--on-spike",
+        choices=("warn", *POLICIES),
+        default=defaults.on_spike,
+        help="The same for a loss above --spike-factor x its recent mean. Default: warn.",
+    )
+    group.add_argument("--spike-factor", type=float, default=defaults.spike_factor, help="Default: 2.")
+    group.add_argument(
+        "--max-bad-steps",
+        type=int,
+        default=defaults.max_bad_steps,
+        help="Skipped or rolled back steps of a phase after which the run stops. Default: 10.",
     )
 
 

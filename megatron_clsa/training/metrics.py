@@ -7,6 +7,7 @@ evaluation.py; one rank writes, the last, because it holds the losses under pipe
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +17,23 @@ from megatron.training.utils import is_last_rank, reduce_max_stat_across_model_p
 
 
 class MetricsFile:
-    """Append-only JSON lines. A line is one `write` call, so a killed run leaves whole lines."""
+    """Append-only JSON lines. A line is one `write` call, so a killed run leaves whole lines.
 
-    def __init__(self, path: Path):
-        self.path = path
+    `listener` is told every line, as it was written.
+    """
+
+    def __init__(self, path: Path, listener: Callable[[dict], None] = lambda record: None):
+        self.path, self.listener = path, listener
 
     def append(self, record: dict):
-        line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
+        record = {key: _plain(value) for key, value in record.items()}
+        line = json.dumps(record) + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(descriptor, line.encode())
         finally:
             os.close(descriptor)
+        self.listener(record)
 
     def truncate(self, position: dict):
         """Drop what an earlier run wrote beyond a position: it is about to be written again.
@@ -84,18 +90,30 @@ class PhasePosition:
 
 
 class StepRecorder:
-    """Writes a line a step. Stands around Megatron's `training_log`, which every rank calls every step."""
+    """Writes a line a step. Stands around Megatron's `training_log`, which every rank calls every step.
 
-    def __init__(self, file: MetricsFile, position: PhasePosition):
-        self.file, self.position = file, position
+    Args:
+        mfu: share of the GPUs' peak of a step that took so many seconds; None where the peak is not known.
+        watch_gradient: is told norm and step on every rank.
+    """
+
+    def __init__(
+        self,
+        file: MetricsFile,
+        position: PhasePosition,
+        mfu: Callable[[float], float | None],
+        watch_gradient: Callable[[float | None, int], None],
+    ):
+        self.file, self.position, self.mfu, self.watch_gradient = file, position, mfu, watch_gradient
         self.seconds = 0.0  # what the step timer had counted when the last line was written
 
     def __call__(self, training_log, loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named):
         # Under indexer-only training a stage without trainable parameters has no learning rate.
         rate = reduce_max_stat_across_model_parallel_group(learning_rate, group=named["pg_collection"].mp)
         step_time = self._lap()
+        grad_norm = rest[3]  # after loss_scale, report_memory_flag and skipped_iter
+        self.watch_gradient(grad_norm, iteration)
         if is_last_rank():
-            grad_norm = rest[3]  # after loss_scale, report_memory_flag and skipped_iter
             self._write(loss_dict, iteration, rate, grad_norm, step_time)
         return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
 
@@ -118,6 +136,7 @@ class StepRecorder:
                 "learning_rate": rate and float(f"{rate:.6g}"),  # it was reduced in fp32
                 "tokens_per_second": self.position.tokens_per_step / max(step_time, 1e-9),
                 "step_time": step_time,
+                "mfu": self.mfu(step_time),
                 "peak_memory_bytes": torch.cuda.max_memory_allocated(),
             }
         )

@@ -12,7 +12,9 @@ import gc
 import os
 import signal
 import socket
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,11 +34,20 @@ from megatron_clsa.parallel.checkpoint_io import refuse_pickles
 from megatron_clsa.parallel.cpu import patch_training, wrap_save, wrap_training
 from megatron_clsa.training.arguments import parse_command
 from megatron_clsa.training.checkpoint import Loader, Origin, load_moments, newest_step
-from megatron_clsa.training.dry_run import dry_run
+from megatron_clsa.training.dry_run import dry_run, run_shape
 from megatron_clsa.training.durable import save_durably
 from megatron_clsa.training.evaluation import Evaluation, evaluate_on_entry
+from megatron_clsa.training.guards import Guard, GuardSettings, RollBack
 from megatron_clsa.training.metrics import MetricsFile, StepRecorder
 from megatron_clsa.training.plan import PhaseRun, RunPlan, check_gate, check_origin, make_plan
+from megatron_clsa.training.progress import (
+    Progress,
+    Throughput,
+    close_writers,
+    nothing,
+    place_writers,
+    without_megatrons_line,
+)
 from megatron_clsa.training.recipe import load_recipe
 from megatron_clsa.training.step import TrainingStep
 from megatron_clsa.training.teacher_flags import TeacherSettings
@@ -91,24 +102,41 @@ def launcher_store() -> dist.Store:
 
 
 def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
-    """Train one phase to its end. Returns its last figures, None if it saved and left early (a signal)."""
+    """Train one phase to its end, again from its newest checkpoint after each roll back.
+
+    Returns:
+        Its last figures, None if it saved and left early (a signal).
+    """
+    bad_steps: list[int] = []
+    while True:
+        attempt = replace(run, args=deepcopy(run.args), config=deepcopy(run.config))
+        attempt.args.iterations_to_skip = [*run.args.iterations_to_skip, *bad_steps]
+        try:
+            return _run_once(attempt, plan, dist.PrefixStore(f"attempt{len(bad_steps)}", store), bad_steps)
+        except RollBack:
+            continue
+
+
+def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[int]) -> dict | None:
     loader = Loader(store, run.args.rank, run.args.world_size, plan.checkpoints)
     origin = run.origin(plan.state, plan.checkpoints, loader.newest)
     origin.apply(run.args, run.folder)
-    file = MetricsFile(plan.metrics)
+    place_writers(run.args, run.phase.folder, str(plan.out))
+    file = MetricsFile(plan.metrics, Progress(run.steps, run.args.log_interval))
     if run.args.rank == run.args.world_size - 1:
         file.truncate(run.position.at(origin.step))
     evaluation = Evaluation(run.config, file, run.position)
     wrap_training("train", evaluate_on_entry)
-    wrap_training("training_log", StepRecorder(file, run.position))
     wrap_training("load_checkpoint", load_moments if origin.moments else None)
     try:
         _announce(run, origin)
         set_global_variables(run.args)
         _record_architecture(run, origin)
         teacher = TeacherSettings.of(get_args(), get_tokenizer().vocab_size)
-        wrap_training("train_step", TeacherSupply(teacher) if teacher else None)
-        _pretrain(run, evaluation, teacher, store)
+        step = TrainingStep(run.config, evaluation, teacher)
+        guard = Guard(GuardSettings.of(run.args), step, run.steps, bad_steps)
+        _watch(run, file, guard, TeacherSupply(teacher) if teacher else None)
+        _pretrain(run, step, evaluation, store)
         # A signal that came after the last step's check: the phase is complete, the run is not.
         stopped = any(get_signal_handler().signals_received())
         if stopped:
@@ -125,6 +153,20 @@ def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
         raise UserError(f"--out {plan.out}: {error.strerror}; make room, then run it again") from error
     finally:
         _tear_down()
+
+
+def _watch(run: PhaseRun, file: MetricsFile, guard: Guard, supply: TeacherSupply | None):
+    """Stand around the parts of Megatron's loop that train a step and tell of it."""
+    throughput = Throughput(run_shape(get_args(), run.config), run.args.peak_tflops)
+    recorder = StepRecorder(file, run.position, throughput.mfu, guard.watch_gradient)
+
+    def train_step(original, *args, **named):
+        return guard(partial(supply, original) if supply else original, *args, **named)
+
+    wrap_training("train_step", train_step)
+    wrap_training("training_log", recorder)
+    wrap_training("print_rank_last", without_megatrons_line)
+    wrap_training("report_theoretical_memory", nothing)
 
 
 def _record_architecture(run: PhaseRun, origin: Origin):
@@ -144,7 +186,7 @@ def _record_architecture(run: PhaseRun, origin: Origin):
         architecture.write(run.folder)
 
 
-def _pretrain(run: PhaseRun, evaluation: Evaluation, teacher: TeacherSettings | None, store: dist.Store):
+def _pretrain(run: PhaseRun, step: TrainingStep, evaluation: Evaluation, store: dist.Store):
     args = get_args()
     model = CLSAModelConfig(
         transformer=run.config,
@@ -158,7 +200,7 @@ def _pretrain(run: PhaseRun, evaluation: Evaluation, teacher: TeacherSettings | 
         pretrain_cfg_container_from_args(args, model),
         _without_test_set,
         ModelType.encoder_or_decoder,
-        TrainingStep(run.config, evaluation, teacher),
+        step,
         non_loss_data_func=evaluation.finish,
         store=store,
     )
@@ -196,6 +238,7 @@ def _announce(run: PhaseRun, origin: Origin):
 
 def _tear_down():
     """Leave nothing of a phase behind but the files it wrote."""
+    close_writers()
     destroy_global_state()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -27,6 +27,12 @@ class TrainingStep:
 
     def __init__(self, config: CLSAConfig, evaluation: Evaluation, teacher: TeacherSettings | None = None):
         self.config, self.evaluation, self.teacher = config, evaluation, teacher
+        self.losses: list[Tensor] = []  # (sum, count) of each microbatch of the current step
+
+    def take_loss(self) -> Tensor:
+        """`[2]` float64 on CPU: sum and count of this rank's losses since the last call, or zeros."""
+        taken, self.losses = self.losses, []
+        return torch.stack(taken).double().sum(0).cpu() if taken else torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, data_iterator, model):
         if not model.training:
@@ -35,7 +41,12 @@ class TrainingStep:
             return self._with_teacher(next(data_iterator), model)
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         mode = ForwardMode.from_config(self.config, training=True)
-        return run_stage(model, batch, mode), partial(loss_parts, batch["loss_mask"], mode.report)
+        return run_stage(model, batch, mode), partial(self._loss, batch["loss_mask"], mode.report)
+
+    def _loss(self, loss_mask: Tensor, report: ForwardReport, losses: Tensor) -> tuple[Tensor, Tensor, dict]:
+        total, count, figures = loss_parts(loss_mask, report, losses)
+        self.losses.append(figures["lm loss"])
+        return total, count, figures
 
     def _with_teacher(self, batch: dict, model):
         targets = batch.get("teacher")
@@ -51,7 +62,7 @@ class TrainingStep:
     def _teacher_loss(self, loss_mask: Tensor, mode: ForwardMode, match, losses: Tensor):
         """`loss_parts` with the language-model loss reweighted and the teacher's losses added."""
         settings = self.teacher
-        total, count, figures = loss_parts(loss_mask, mode.report, losses)
+        total, count, figures = self._loss(loss_mask, mode.report, losses)
         kl = (mode.report.teacher_kl * loss_mask).sum()
         figures["teacher_kl"] = torch.stack([kl.detach(), count.float()])
         total = settings.lm_coeff * total + settings.loss_coeff * settings.spec.temperature**2 * kl

@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ def validate_phase(args, phase_name: str) -> CLSAConfig:
         _check_sequence(args)
         if args.dry_run is None:
             _check_platform(args)
+            _check_writers(args)
             check_teacher(args)
             tokenizer = _load_tokenizer(args)
             check_teacher_vocabulary(args, tokenizer.vocab_size)
@@ -78,6 +80,17 @@ def _check_platform(args):
         if asked:
             value = getattr(args, "fp8" if name == "fp8_format" else name)
             raise UserError(f"--{_dashed(name)} {value} needs a GPU and none is visible: drop the flag")
+
+
+def _check_writers(args):
+    for flag, asked, package, extra in (
+        ("--tensorboard-dir", args.tensorboard_dir, "tensorboard", "tensorboard"),
+        ("--wandb-project", args.wandb_project, "wandb", "wandb"),
+    ):
+        if asked and find_spec(package) is None:
+            raise UserError(
+                f"{flag} {asked} needs {package}: pip install 'megatron_clsa[{extra}]', or drop the flag"
+            )
 
 
 def _check_layout(args):
