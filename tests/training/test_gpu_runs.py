@@ -1,8 +1,7 @@
 """One recipe on one GPU, with both specs and both precisions, against the same recipe on the CPU."""
 
-import os
-
 import pytest
+import runs
 from runs import distill, metrics
 
 pytestmark = pytest.mark.gpu
@@ -22,17 +21,20 @@ def _run(out, *flags: str) -> list[tuple[str, float, float]]:
     return _losses(out)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_compiling():
+    """Compiling Megatron's fused functions takes longer than the runs and changes no more than rounding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(runs.ENVIRONMENT, "TORCHDYNAMO_DISABLE", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def cpu_losses(tmp_path_factory):
     """What the same command logs where no GPU is visible."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(runs.ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "")
         return _run(tmp_path_factory.mktemp("cpu"))
-    finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if visible is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def _assert_close(actual, expected, tolerance: float):
