@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from runs import ROOT, distill, run, steps
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_clsa.errors import UserError
+from megatron_clsa.training.arguments import parse_command
+from megatron_clsa.training.plan import make_plan
+from megatron_clsa.training.recipe import load_recipe
+from megatron_clsa.training.teacher_flags import uses_teacher
 
 sys.path.append(str(ROOT / "tests" / "evaluate"))
 from eval_folder import byte_tokenizer
@@ -68,18 +75,32 @@ def test_every_layout_takes_the_same_steps(alone, teacher, tmp_path, ranks, flag
             assert actual[name] == pytest.approx(expected[name], abs=1e-4), (name, actual["step"])
 
 
-def test_a_short_distillation_on_real_text_lowers_the_kl(teacher_of_bytes, tmp_path):
-    """The text is this project's own documentation, the teacher's tokenizer the run's."""
-    text = [str(path) for path in (ROOT / "docs").glob("*.md")]
-    prefix, kind = str(tmp_path / "data"), ["--tokenizer-type", "HuggingFaceTokenizer"]
-    tokenizer = [*kind, "--tokenizer-model", str(teacher_of_bytes)]
-    tool = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--output-prefix", prefix]
-    made = run([*tool, "--input", *text, "--workers", "1", *tokenizer])
-    assert made.returncode == 0, made.stderr[-3000:]
-    (tmp_path / "recipe.yaml").write_text(RECIPE.read_text().replace("  mock_data: true\n", ""))
-    words = ["--teacher", str(teacher_of_bytes), *tokenizer, "--data-path", prefix, "--split", "90,10,0"]
-    words += ["--train-iters", "40", "--lr", "1e-2", "--teacher-temperature", "1"]
-    result = distill(tmp_path / "out", *words, recipe=tmp_path / "recipe.yaml")
+def _tool(name: str, *words) -> None:
+    done = run([sys.executable, str(ROOT / "tools" / name), *map(str, words)])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _from_dense_recipe(start: Path) -> Path:
+    """The start's own model.yaml and, under it, the tiny recipe's phases."""
+    recipe, tiny = (yaml.safe_load(path.read_text()) for path in (start / "model.yaml", RECIPE))
+    recipe["data"] |= {"split": "90,10,0", "num_workers": 0}
+    recipe |= {"evaluation": tiny["evaluation"], "phases": tiny["phases"]}
+    path = start.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_a_start_from_a_dense_model_comes_closer_to_it_on_real_text(teacher_of_bytes, tmp_path):
+    """The text is this project's own documentation; teacher and start are one dense model."""
+    start, prefix = tmp_path / "start", tmp_path / "data"
+    sizes = ["--sliding-window", 8, "--index-topk", 16, "--index-head-dim", 8, "--memory-init", "mean"]
+    _tool("from_hf.py", "--init-from", "llama", teacher_of_bytes, start, *sizes)
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", teacher_of_bytes]
+    text = (ROOT / "docs").glob("*.md")
+    _tool("preprocess_data.py", "--input", *text, "--output-prefix", prefix, "--workers", 1, *tokenizer)
+    words = ["--pretrained-checkpoint", start, "--teacher", teacher_of_bytes, "--data-path", prefix]
+    words += ["--train-iters", 40, "--teacher-temperature", 1]
+    result = distill(tmp_path / "out", *map(str, words), recipe=_from_dense_recipe(start))
     assert result.returncode == 0, result.stderr[-3000:]
     kl = [line["teacher_kl"] for line in steps(tmp_path / "out")]
     assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
@@ -118,14 +139,18 @@ def test_pipeline_stages_get_their_targets(teacher, tmp_path):
     ],
 )
 def test_bad_flags_are_refused_before_anything_starts(teacher, tmp_path, words, named):
-    from megatron_clsa.errors import UserError
-    from megatron_clsa.training.arguments import parse_command
-    from megatron_clsa.training.plan import make_plan
-    from megatron_clsa.training.recipe import load_recipe
-
     words = ["--config", str(RECIPE), "--out", str(tmp_path / "out"), "--teacher", str(teacher), *words]
     with pytest.raises(UserError, match=named):
         make_plan(load_recipe(RECIPE), parse_command(words), words, 1)
+
+
+def test_the_dense_models_recipe_heals_under_the_teacher_and_warms_up_without_it(teacher):
+    recipe = ROOT / "examples" / "recipes" / "from_dense.yaml"
+    words = ["--config", str(recipe), "--dry-run", "8", "--teacher", str(teacher)]
+    runs = make_plan(load_recipe(recipe), parse_command(words), words, 8).runs
+    assert [(run.phase.name, uses_teacher(run.args)) for run in runs] == [
+        ("heal", True), ("warmup", False), ("sparse", True)
+    ]  # fmt: skip
 
 
 def test_a_teachers_flags_without_a_teacher_are_refused(tmp_path):
