@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_clsa.errors import UserError
-from megatron_clsa.training.arguments import parse_command
+from megatron_clsa.training.arguments import build_parser, parse_command
 from megatron_clsa.training.plan import make_plan
 from megatron_clsa.training.recipe import load_recipe
 
@@ -82,6 +82,21 @@ def test_bad_flag_is_refused_by_name(tmp_path, words, named):
 def test_layout_that_cannot_hold_the_model_is_refused(tmp_path, words, ranks, named):
     with pytest.raises(UserError, match=named.replace("+", r"\+")):
         plan_of(tmp_path, *words, ranks=ranks)
+
+
+def test_help_is_grouped_and_explains_each_flag_of_ours(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_command(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert all(f"\n{title}:" in text for title in ("run", "guards", "CLSA model and loss"))
+    ours = [
+        a
+        for group in build_parser()._action_groups
+        if group.title in ("run", "guards")
+        for a in group._group_actions
+    ]
+    assert ours and all(action.help for action in ours)
 
 
 def test_tensor_parallelism_turns_sequence_parallelism_on(tmp_path):
