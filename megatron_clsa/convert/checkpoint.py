@@ -127,15 +127,20 @@ class TorchDistReader:
             UserError: naming the file whose bytes are missing, cut or changed.
         """
         entry = self._tensors[name]
+        if len(entry.chunks) == 1:
+            return self._read_chunk(name, entry.chunks[0]).view(entry.size)
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
-            place = self._slices[MetadataIndex(name, chunk.offsets)]
-            part = self._read_slice(self.folder / place.relative_path, place.offset, place.length)
+            part = self._read_chunk(name, chunk)
             target = whole
             for axis, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 target = target.narrow(axis, offset, size)
             target.copy_(part.view(target.shape))
         return whole
+
+    def _read_chunk(self, name: str, chunk) -> Tensor:
+        place = self._slices[MetadataIndex(name, chunk.offsets)]
+        return self._read_slice(self.folder / place.relative_path, place.offset, place.length)
 
     def _read_slice(self, path: Path, offset: int, length: int) -> Tensor:
         try:

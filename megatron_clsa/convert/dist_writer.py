@@ -5,7 +5,6 @@ group: one file holds whole tensors, and megatron-core cuts them to its layout w
 largest tensor.
 """
 
-import io
 import json
 import os
 import pickle
@@ -53,7 +52,9 @@ class TorchDistWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one whole tensor."""
-        tensor = tensor.detach().cpu().contiguous().clone()  # a view would be saved with all it looks into
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # a view would be saved with all it looks into
         start = torch.Size([0] * tensor.dim())
         self._entries[name] = TensorStorageMetadata(
             TensorProperties.create_from_tensor(tensor),
@@ -63,10 +64,9 @@ class TorchDistWriter:
         self._append(MetadataIndex(name, start), tensor)
 
     def _append(self, index: MetadataIndex, content) -> None:
-        data = io.BytesIO()
-        torch.save(content, data)
-        place = _StorageInfo(_SLICES, self._file.tell(), data.getbuffer().nbytes)
-        self._file.write(data.getbuffer())
+        offset = self._file.tell()
+        torch.save(content, self._file)
+        place = _StorageInfo(_SLICES, offset, self._file.tell() - offset)
         self._places[index] = place
 
     def finish(self) -> None:

@@ -147,7 +147,9 @@ def _hf_tensors(reader, table: list[Entry], dtype) -> Iterator[tuple[str, Tensor
     for entry in table:
         parts = entry.split(reader.read(entry.megatron))
         for name, part in zip(entry.hf, parts, strict=True):
-            yield name, part.to(dtype).clone(memory_format=torch.contiguous_format)
+            part = part.to(dtype).contiguous()
+            cut = part.untyped_storage().nbytes() > part.nbytes  # else the shard would keep the whole alive
+            yield name, part.clone() if cut else part
 
 
 def _shard_sizes(table: list[Entry], itemsize: int, limit: int) -> list[int]:
