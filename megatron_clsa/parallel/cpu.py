@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -85,6 +86,11 @@ def _patch_tracker_random_state():
     random = import_module("megatron.core.tensor_parallel.random")
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+
+
+def _hide_transformer_engine():
+    """megatron-core takes its optimizer kernels wherever it can be imported; without a GPU they fail."""
+    sys.modules["transformer_engine"] = None
 
 
 def _patch_streams():
@@ -225,6 +231,7 @@ def _install():
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit, no GPU
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         for patch in (
+            _hide_transformer_engine,
             _patch_placement,
             _patch_random_state,
             _patch_streams,
