@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_clsa.kernels.rows import RowRange
 from megatron_clsa.kernels.topk_collect import choose, collect
+from megatron_clsa.kernels.topk_collect_hopper import collect_hopper
 from megatron_clsa.kernels.topk_guess import (
     STRIDE,
     TOLERANCE,
@@ -30,8 +31,9 @@ from megatron_clsa.kernels.topk_guess import (
 from megatron_clsa.kernels.topk_recover import recover
 
 ROWS_PER_CHUNK = 32768  # bounds the scratch: 1.1 GiB of candidates at k 2048, sk / 4 B of samples a row
-BLOCK_ROWS, BLOCK_KEYS, STAGES = 64, 64, 3
+BLOCK_ROWS, BLOCK_KEYS, STAGES = 64, 64, 4
 SAMPLE_ROWS, SAMPLE_KEYS = 128, 128
+CHOOSE_BLOCK = 1024
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_K = 8192
 
@@ -41,6 +43,13 @@ def supported(q_idx: Tensor, k: int) -> bool:
     return q_idx.is_cuda and q_idx.dtype in SUPPORTED and q_idx.shape[-1] <= 256 and k <= LARGEST_K
 
 
+def _on_hopper(q_idx: Tensor) -> bool:
+    """Whether the streaming pass has a version of its own for this chip and these vectors."""
+    if not q_idx.is_cuda or q_idx.dtype == torch.float32 or q_idx.shape[-1] not in (32, 64, 128, 256):
+        return False
+    return torch.cuda.get_device_capability(q_idx.device) == (9, 0)
+
+
 def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, row0: int, chunk: int) -> None:
     """Fill `index[:, row0 : row0 + chunk]`."""
     (b, sq, di), sk, k = q_idx.shape, k_idx.shape[1], index.shape[2]
@@ -48,7 +57,8 @@ def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, r
     slots, tiles = capacity + BLOCK_KEYS + 16, triton.cdiv(chunk, BLOCK_ROWS)
     new = {"device": q_idx.device}
     bound = torch.empty(b, chunk, dtype=torch.float32, **new)
-    samples = torch.empty(b, chunk, columns if sk > capacity else 0, dtype=torch.bfloat16, **new)
+    width = triton.cdiv(columns, 8) * 8
+    samples = torch.empty(b, chunk, width if sk > capacity else 0, dtype=torch.bfloat16, **new)
     buffer = torch.empty(b, tiles * BLOCK_ROWS, slots, dtype=torch.int64, **new)
     count, failed = (torch.empty(b, chunk, dtype=torch.int32, **new) for _ in range(2))
     precision = "ieee" if q_idx.dtype == torch.float32 else "tf32"
@@ -57,23 +67,30 @@ def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, r
     if sk > capacity:
         grid = (triton.cdiv(columns, SAMPLE_KEYS), triton.cdiv(chunk, SAMPLE_ROWS), b)
         sample_scores[grid](
-            q_idx, k_idx, rows.start, rows.end, samples, row0, chunk, columns, sq, sk, capacity,
+            q_idx, k_idx, rows.start, rows.end, samples, row0, chunk, columns, width, sq, sk, capacity,
             BM=SAMPLE_ROWS, BC=SAMPLE_KEYS, STRIDE=STRIDE, num_warps=8, **vectors,
         )  # fmt: skip
     rank = sample_rank(k)
     enough = int(rank * (1 + TOLERANCE))
     guess_bound[(chunk, b)](
-        samples, rows.start, rows.end, bound, row0, columns, rank, enough, sq, sk, capacity,
+        samples, rows.start, rows.end, bound, row0, columns, width, rank, enough, sq, sk, capacity,
         STRIDE=STRIDE, BLOCK=max(64, triton.next_power_of_2(columns)), num_warps=4 if columns <= 4096 else 8,
     )  # fmt: skip
-    collect[(tiles, b)](
-        q_idx, k_idx, rows.start, rows.end, bound, buffer, count, row0, chunk, sq, sk, k,
-        CAPACITY=capacity, SLOTS=slots, STAGES=1 if precision == "ieee" else STAGES, NATIVE=q_idx.is_cuda,
-        **tile, **vectors,
-    )  # fmt: skip
+    streamed = (q_idx, k_idx, rows.start, rows.end, bound, buffer, count, row0, chunk, sq, sk, k)
+    if _on_hopper(q_idx):
+        collect_hopper[(tiles, b)](
+            *streamed, CAPACITY=capacity, SLOTS=slots, D=di, BM=BLOCK_ROWS, BN=BLOCK_KEYS, STAGES=STAGES,
+            num_warps=BLOCK_ROWS // 16,
+        )  # fmt: skip
+    else:
+        collect[(tiles, b)](
+            *streamed, CAPACITY=capacity, SLOTS=slots, STAGES=1 if precision == "ieee" else STAGES - 1,
+            NATIVE=q_idx.is_cuda, **tile, **vectors,
+        )  # fmt: skip
     choose[(chunk, b)](
-        buffer, count, rows.start, rows.end, index, failed, row0, chunk, tiles * BLOCK_ROWS, sq, sk, k,
-        CAPACITY=capacity, SLOTS=slots, K2=triton.next_power_of_2(k), num_warps=max(4, capacity // 1024),
+        buffer, count, bound, rows.start, rows.end, index, failed, row0, chunk, tiles * BLOCK_ROWS, sq, sk, k,
+        CAPACITY=capacity, SLOTS=slots, BLOCK=min(CHOOSE_BLOCK, capacity), NATIVE=q_idx.is_cuda,
+        num_warps=max(4, capacity // 1024),
     )  # fmt: skip
     recover[(tiles, b)](
         q_idx, k_idx, rows.start, rows.end, failed, index, row0, chunk, sq, sk, k, **tile, **vectors

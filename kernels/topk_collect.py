@@ -31,6 +31,14 @@ STORE_HIT = tl.constexpr("""{
     mov.u32 $0, 0;
 }""")
 
+STORE_CHOSEN = tl.constexpr("""{
+    .reg .pred chosen; .reg .u64 at;
+    setp.ne.s32 chosen, $4, 0;
+    mad.wide.s32 at, $2, 4, $1;
+    @chosen st.global.b32 [at], $3;
+    mov.u32 $0, 0;
+}""")
+
 
 @triton.jit
 def _store_hits(buffer, slot, j, score, hit, NATIVE: tl.constexpr):
@@ -103,22 +111,59 @@ def collect(
 
 
 @triton.jit
-def _kth_best(x, valid, k):
-    """The k-th largest of the valid entries of fp32 `x` (NaN where not valid), by bisection of its bits."""
-    low = tl.min(tl.where(valid, ordered(x), 2147483647)).to(tl.int64)
-    high = tl.max(tl.where(valid, ordered(x), -2147483648)).to(tl.int64)
-    while low < high:
-        middle = low + ((high - low + 1) >> 1)
+def _kth_best(x, bound, count, k):
+    """A value that just k of the candidates `x` reach, or the k-th best if ties forbid it; NaN reaches none.
+
+    Also returns how many are known to reach it: fewer than k only if NaN is among them. Bisection of the
+    ordered bits between `low` (reached by at least k) and `high` (by fewer), guided by the counts: the first
+    step goes where the k-th of a guessed buffer mostly is, every third step halves.
+    """
+    low = ordered(bound).to(tl.int64)
+    high = ordered(tl.max(tl.where(x == x, x, float("-inf")))).to(tl.int64) + 1
+    above_low = tl.where(bound == float("-inf"), count, tl.sum((x >= bound).to(tl.int32)))
+    above_high, step = 0, 0
+    while (high - low > 1) & (above_low > k):
+        share = (above_low - k).to(tl.float32) / (above_low - above_high)
+        share = tl.where(step == 0, 0.08, tl.where(step % 3 == 2, 0.5, share))
+        skip = ((high - low).to(tl.float32) * share).to(tl.int64)
+        middle = low + tl.minimum(tl.maximum(skip, 1), high - low - 1)
         reach = tl.sum((x >= unordered(middle.to(tl.int32))).to(tl.int32))
-        low = tl.where(reach >= k, middle, low)
-        high = tl.where(reach == k, low, tl.where(reach > k, high, middle - 1))
-    return low.to(tl.int32)
+        low, high = tl.where(reach >= k, middle, low), tl.where(reach >= k, high, middle)
+        above_low, above_high = (
+            tl.where(reach >= k, reach, above_low),
+            tl.where(reach >= k, above_high, reach),
+        )
+        step += 1
+    return unordered(low.to(tl.int32)), above_low
+
+
+@triton.jit
+def _write_chosen(entries, out, kth, room, count, BLOCK: tl.constexpr, NATIVE: tl.constexpr):
+    """Positions of the entries above `kth` and of the first `room` equal to it, ascending."""
+    used, ties = 0, 0
+    for first in range(0, count, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        entry = tl.load(entries + c, mask=c < (count + 1) // 2 * 2, other=0)  # loads of 16 bytes
+        x = entry.to(tl.int32).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, x, float("-inf"))
+        above, tied = (x > kth) & (c < count), (x == kth) & (c < count)
+        running = tl.cumsum(above.to(tl.int32) + (tied.to(tl.int32) << 16), 0)
+        nth_tie = ties + (running >> 16)
+        slot = used + (running & 0xFFFF) + tl.minimum(nth_tie, room) - 1
+        chosen, position = above | (tied & (nth_tie <= room)), (entry >> 32).to(tl.int32)
+        if NATIVE:
+            arguments = [out.to(tl.int64), slot, position, chosen.to(tl.int32)]
+            tl.inline_asm_elementwise(STORE_CHOSEN, "=r,l,r,r,r", arguments, tl.int32, is_pure=False, pack=1)
+        else:
+            tl.store(out + slot, position, mask=chosen)
+        both = tl.max(running)  # the last one: neither half ever falls
+        used, ties = used + (both & 0xFFFF), ties + (both >> 16)
 
 
 @triton.jit
 def choose(
-    BUFFER, COUNT, START, END, INDEX, FAILED, row0, chunk, padded, sq, sk, k,
-    CAPACITY: tl.constexpr, SLOTS: tl.constexpr, K2: tl.constexpr,
+    BUFFER, COUNT, BOUND, START, END, INDEX, FAILED, row0, chunk, padded, sq, sk, k,
+    CAPACITY: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One row: the exact k best of its candidates, positions ascending; flags a row it cannot serve."""
     row, batch = tl.program_id(0), tl.program_id(1)
@@ -126,21 +171,20 @@ def choose(
     source = batch.to(tl.int64) * chunk + row
     start, end = load_rows(START, END, batch, row0 + row, True, sq, sk)
     seen = tl.maximum(end - start + 1, 0)
-    count = tl.load(COUNT + source)
+    count, bound = tl.load(COUNT + source), tl.load(BOUND + source)
     failed = (seen > k) & ((count < k) | (count > CAPACITY))
-    tl.store(FAILED + source, failed.to(tl.int32))
     if seen <= k:
-        j = tl.arange(0, K2)
-        tl.store(out + j, tl.where(j < seen, start + j, -1), mask=j < k)
+        for first in range(0, k, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            tl.store(out + j, tl.where(j < seen, start + j, -1), mask=j < k)
     elif not failed:
+        entries = BUFFER + (batch.to(tl.int64) * padded + row) * SLOTS
         c = tl.arange(0, CAPACITY)
-        valid = c < count
-        entry = tl.load(BUFFER + (batch.to(tl.int64) * padded + row) * SLOTS + c, mask=valid, other=0)
-        x = entry.to(tl.int32).to(tl.float32, bitcast=True)
-        x = tl.where(valid, tl.where(x == x, x, float("-inf")), float("nan"))
-        kth = unordered(_kth_best(x, valid, k))
-        above, tied = x > kth, x == kth
-        running = tl.cumsum(above.to(tl.int32) + (tied.to(tl.int32) << 16), 0)
-        ties, room = running >> 16, k - tl.sum(above.to(tl.int32))
-        slot = (running & 0xFFFF) + tl.minimum(ties, room) - 1
-        tl.store(out + slot, (entry >> 32).to(tl.int32), mask=above | (tied & (ties <= room)))
+        x = tl.load(entries + c, mask=c < (count + 1) // 2 * 2, other=0).to(tl.int32)
+        x = tl.where(c < count, x.to(tl.float32, bitcast=True), float("nan"))
+        kth, reach = _kth_best(x, bound, count, k)
+        failed = reach < k
+        if not failed:
+            room = k - tl.sum((x > kth).to(tl.int32))
+            _write_chosen(entries, out, kth, room, count, BLOCK, NATIVE)
+    tl.store(FAILED + source, failed.to(tl.int32))

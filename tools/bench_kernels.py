@@ -35,6 +35,13 @@ def _show(row: dict) -> None:
     print(f"{row['metric']}  {row['value']}  ({peer}; ceiling {row['ceiling']}){memory}", flush=True)
 
 
+def _command(args) -> str:
+    """The command that repeats the figures, without the paths of this machine."""
+    lengths = [str(length) for length in args.lengths]
+    words = ["--only", *args.only] if args.only else []
+    return shlex.join(["python", "tools/bench_kernels.py", *words, "--lengths", *lengths])
+
+
 @one_line_errors
 def main() -> None:
     _load_families()
@@ -43,10 +50,10 @@ def main() -> None:
     if unknown := [name for name in names if name not in FAMILIES]:
         raise UserError(f"--only {unknown[0]} is no family; choose from {', '.join(sorted(FAMILIES))}")
     settings = Settings(tuple(args.lengths), args.seconds, torch.device(args.device))
-    command = "python tools/bench_kernels.py " + shlex.join(sys.argv[1:])
+    command = _command(args)
     for name in names:
         for case in FAMILIES[name](settings):
-            rows = measure(case, settings, command.strip())
+            rows = measure(case, settings, command)
             for row in rows:
                 _show(row)
             merge_rows(args.out, rows)
