@@ -106,14 +106,28 @@ def test_a_start_from_a_dense_model_comes_closer_to_it_on_real_text(teacher_of_b
     assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
 
 
+@pytest.fixture(scope="module")
+def alone_without_states(teacher, tmp_path_factory):
+    out = tmp_path_factory.mktemp("without_states")
+    result = distill(out, "--teacher", str(teacher), recipe=RECIPE)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return steps(out)
+
+
 @pytest.mark.slow
-def test_pipeline_stages_get_their_targets(teacher, tmp_path):
-    """Four ranks, TP2 x PP2 with the teacher over all four, against one rank alone; no hidden states."""
-    flags = ["--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2", "--teacher-shards=4"]
-    for name, words, ranks in (("one", [], 1), ("four", flags, 4)):
-        result = distill(tmp_path / name, "--teacher", str(teacher), *words, ranks=ranks, recipe=RECIPE)
-        assert result.returncode == 0, result.stderr[-3000:]
-    for expected, actual in zip(steps(tmp_path / "one"), steps(tmp_path / "four"), strict=True):
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (4, ["--tensor-model-parallel-size=2", "--teacher-shards=4"]),
+        (2, ["--num-layers-per-virtual-pipeline-stage=1", "--teacher-shards=2"]),
+    ],
+    ids=["tp2-pp2-teacher4", "pp2-interleaved-teacher2"],
+)
+def test_pipeline_stages_get_their_targets(alone_without_states, teacher, tmp_path, ranks, flags):
+    words = ["--teacher", str(teacher), "--pipeline-model-parallel-size=2", *flags]
+    result = distill(tmp_path, *words, ranks=ranks, recipe=RECIPE)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for expected, actual in zip(alone_without_states, steps(tmp_path), strict=True):
         for name in ("lm_loss", "teacher_kl", "grad_norm"):
             assert actual[name] == pytest.approx(expected[name], abs=1e-4), (name, actual["step"])
 
