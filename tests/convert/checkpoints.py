@@ -1,8 +1,7 @@
-"""Small checkpoints of any layout, with the `clsa.json` that a run writes, and `tools/to_hf.py` on them."""
+"""Small checkpoints of any layout, with the `clsa.json` that a run writes."""
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -45,16 +44,6 @@ def make(folder: Path, layout: Layout | None = None, weights: Path | None = None
     run_ranks(layout.world, _save, layout, str(weights) if weights else None, str(folder))
     architecture(layout).write(folder)
     return folder
-
-
-def to_hf(*words) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "to_hf.py"), *map(str, words)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def error_line(result: subprocess.CompletedProcess) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import ENVIRONMENT, ROOT, error_line, make, to_hf
+from checkpoints import ENVIRONMENT, ROOT, error_line, make
+from tools_here import to_hf
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_clsa.convert.checkpoint import TorchDistReader

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import architecture, error_line, make, to_hf
+from checkpoints import architecture, error_line, make
 from layouts import Layout
 from megatron.core import dist_checkpointing
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from tools_here import to_hf
 
 from megatron_clsa.convert.checkpoint import TorchDistReader
 from megatron_clsa.convert.names import entries

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path += [str(TESTS / "convert"), str(TESTS / "parallel")]
-from checkpoints import make, to_hf  # noqa: E402
+from checkpoints import make  # noqa: E402
 from layouts import VOCAB  # noqa: E402
+from tools_here import to_hf  # noqa: E402
 
 FLAGS = ["--tasks", "perplexity,index", "--length", "30", "--sequences", "2", "--rows", "4"]
 
