@@ -4,13 +4,13 @@ Owns the launches and the scratch memory; owns no order of its own: `reference.t
 (fp32 score, -0 equal to +0, NaN last, ties to the smaller position, result ascending, -1 fills).
 
     topk_guess     1/8 of the keys scored -> a bound a row that about 1.4 k of its scores reach
-    topk_collect   all scores once; (score, position) of those above the bound, in order, to a row's buffer;
-                   the k-th best of the buffer by bisection -> positions, ascending
+    topk_collect   all scores once; (score, position) of those above the bound, in order, to a row's buffer
+                   (topk_collect_hopper on Hopper); the k-th best of the buffer by bisection -> positions
     topk_recover   rows whose buffer holds fewer than k or overflowed: bisection by recomputing scores
 
 The bound is a guess; rows it fails for are recovered exactly, so the sample decides speed and nothing else.
-FLOPs: 9/8 x 2 di a visible pair, and 2 BLOCK_KEYS for the running count. Bytes: 2 N sk / 8 of samples, about
-16 x 1.4 k of candidates and 4 k of index a row. Axes: b batch, sq queries, sk keys, di index dim, k selected.
+FLOPs: 9/8 x 2 di a visible pair. Bytes a row: sk / 2 of samples, 24 x 1.4 k of candidates, 4 k of index.
+Axes: b batch, sq queries, sk keys, di index dim, k selected.
 """
 
 import torch

@@ -235,3 +235,16 @@ def test_random_scores_are_selected_to_float64_rounding():
     left_out = scores.scatter(1, index, -1e9).amax(1)
     assert (left_out - worst).max() < 1e-4
     assert (index.diff(dim=1) > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d_idx", [32, 64, 128, 256])
+def test_both_streaming_passes_select_the_same(d_idx, monkeypatch):
+    """Bit for bit on unrounded scores: the Hopper version and the one for other chips."""
+    generator = torch.Generator(DEVICE).manual_seed(d_idx)
+    shape = (2, 5000, d_idx)
+    q_idx, k_idx = (torch.randn(shape, generator=generator, device=DEVICE).half() for _ in "qk")
+    rows = packed_rows(2, 5000, [4100, 7, 893], DEVICE)
+    chosen = triton_topk(q_idx, k_idx, rows, 500)
+    monkeypatch.setattr(indexer_topk, "_on_hopper", lambda q: False)
+    assert torch.equal(chosen, triton_topk(q_idx, k_idx, rows, 500))
