@@ -21,7 +21,7 @@ def command(out: Path, *flags: str, ranks: int = 1, recipe: Path = TINY) -> list
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 def distill(out: Path, *flags: str, ranks: int = 1, recipe: Path = TINY) -> subprocess.CompletedProcess:

@@ -100,12 +100,12 @@ def _cut(layout: str, out: Path, after: int, number: signal.Signals, *flags: str
     words = command(out, *sizes, *flags, ranks=ranks)
     process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (out / "metrics.jsonl").exists() or len(steps(out)) < after:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        return process.wait(timeout=60)
+        return process.wait(timeout=180)
     finally:
         process.kill()
 
