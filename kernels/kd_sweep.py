@@ -1,0 +1,208 @@
+"""Triton kernels of the distillation loss: index LSE, the sweep over all heads' scores, dk_idx.
+
+Owns tiles and arithmetic; launches, scratch and autograd are in `indexer_kd.py`. A pair's scores are made
+once for all heads, and their probabilities added in registers:
+
+    sweep   A = sum_h exp2(q_h . k - lse_h);  d = H softmax(I) - A;  value and dq_idx of a span of keys; d -> scratch
+    keys    dk_idx of a key tile += d^T q_idx over the row tiles of the chunk, in their order
+
+A program's work is one row tile x one span of keys, whatever the visible range, so that all programs are
+alike. No atomics: every sum has one order. Scores are in log2 units. Axes: m rows of a tile, n keys of a
+tile, h heads, g KV heads, d head dim, di index dim (D its power of two).
+"""
+
+import triton
+import triton.language as tl
+
+# exp2 on [-0.5, 0.5] by a polynomial of relative error 4e-6: the FMA units' share of the exponentials.
+ROUND = tl.constexpr(12582912.0)  # 1.5 x 2^23: adding it rounds to an integer that sits in the low bits
+
+
+@triton.jit
+def _exp2_by_fma(x):
+    """exp2 without the special function unit; x below -126 counts as -126."""
+    x = tl.maximum(x, -126.0)
+    whole = x + ROUND
+    part = x - (whole - ROUND)
+    y = part * 0.009618129 + 0.05550411
+    y = y * part + 0.24022651
+    y = y * part + 0.6931472
+    y = y * part + 1.0
+    return (y.to(tl.int32, bitcast=True) + (whole.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _visible(MASK, start, end, local, j, padded, SELECTED: tl.constexpr):
+    """`[m, n]` bool; MASK `[chunk, padded]` holds the selected keys of the chunk's rows, one byte each."""
+    seen = (j[None, :] >= start[:, None]) & (j[None, :] <= end[:, None])
+    if SELECTED:
+        chosen = tl.load(MASK + local.to(tl.int64)[:, None] * padded + j[None, :])
+        seen = seen & (chosen != 0)
+    return seen
+
+
+@triton.jit
+def _rows(START, END, batch, row, inside, sq, sk):
+    at = batch.to(tl.int64) * sq + row
+    start = tl.load(START + at, mask=inside, other=0)
+    end = tl.load(END + at, mask=inside, other=-1)
+    return tl.maximum(start, 0), tl.minimum(end, sk - 1)
+
+
+@triton.jit
+def index_lse(
+    QI, KI, START, END, LOW, HIGH, MASK, LSE, batch, row0, chunk, sq, sk, padded, scale,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, SELECTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """log2 of the sum of exp2(I) over one span of keys: LSE `[spans, chunk]`, -inf where none is visible."""
+    tile, span = tl.program_id(0), tl.program_id(1)
+    batch = tl.cast(batch, tl.int32)
+    local = tile * BM + tl.arange(0, BM)
+    start, end = _rows(START, END, batch, row0 + local, local < chunk, sq, sk)
+    low = tl.maximum(tl.load(LOW + tile), span * SPAN)
+    high = tl.minimum(tl.load(HIGH + tile), (span + 1) * SPAN)
+    q = QI.load([batch * sq + row0 + tile * BM, 0])
+    most, total = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+    for s in tl.range(low // BN * BN, high, BN):
+        j = s + tl.arange(0, BN)
+        x = tl.dot(q, KI.load([batch * sk + s, 0]).T, input_precision=PRECISION) * scale
+        x = tl.where(_visible(MASK, start, end, local, j, padded, SELECTED), x, -1e30)
+        new = tl.maximum(most, tl.max(x, 1))
+        total = total * tl.exp2(most - new) + tl.sum(tl.where(x > -1e29, tl.exp2(x - new[:, None]), 0.0), 1)
+        most = new
+    lse = tl.where(total > 0, most + tl.log2(total), float("-inf"))
+    tl.store(LSE + tl.cast(span, tl.int64) * chunk + local, lse, mask=local < chunk)
+
+
+@triton.jit
+def _attention_tile(
+    Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale,
+    KV: tl.constexpr, G: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BY_FMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`[m, n]` sum of all heads' probabilities; not masked. BY_FMA of the G heads use `_exp2_by_fma`."""
+    total = tl.zeros([BM, BN], tl.float32)
+    for g in range(KV):
+        k = K.load([k_row, g * HEAD])
+        for i in tl.range(G, num_stages=STAGES):
+            h = g * G + i
+            lse = tl.load(LSE + lse_row + h.to(tl.int64) * sq, mask=inside, other=float("inf"))
+            q = Q.load([q_row, h * HEAD])
+            x = tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None]
+            if BY_FMA:
+                if i < BY_FMA:
+                    total += _exp2_by_fma(x)
+                else:
+                    total += tl.exp2(x)
+            else:
+                total += tl.exp2(x)
+    return total
+
+
+@triton.jit
+def sweep(
+    Q, K, LSE, QI, KI, INDEX_LSE, START, END, LOW, HIGH, MASK, SCRATCH, PRODUCT, DQ,
+    batch, row0, chunk, sq, sk, padded, tiles, spans, scale, index_scale,
+    KV: tl.constexpr, G: tl.constexpr, HEAD: tl.constexpr, DI: tl.constexpr, D: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, BAND: tl.constexpr, SELECTED: tl.constexpr,
+    DQ_HERE: tl.constexpr, GRADIENT: tl.constexpr, BY_FMA: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One row tile x one span: PRODUCT `[spans, chunk]` sum of A I; DQ `[spans, chunk, di]`; d to SCRATCH.
+
+    Programs go through BAND row tiles before the next span, so that those running together share keys
+    and queries in the L2 cache.
+    """
+    pid = tl.program_id(0)
+    band = pid // (BAND * spans)
+    width = tl.minimum(tiles - band * BAND, BAND)
+    tile = band * BAND + pid % (BAND * spans) % width
+    span = pid % (BAND * spans) // width
+    batch = tl.cast(batch, tl.int32)
+    local = tile * BM + tl.arange(0, BM)
+    inside = local < chunk
+    row = row0 + local
+    start, end = _rows(START, END, batch, row, inside, sq, sk)
+    low = tl.maximum(tl.load(LOW + tile), span * SPAN)
+    high = tl.minimum(tl.load(HIGH + tile), (span + 1) * SPAN)
+    q_row = batch * sq + row0 + tile * BM
+    lse_row = batch.to(tl.int64) * (KV * G) * sq + row
+    index_lse = tl.load(INDEX_LSE + local, mask=inside, other=float("inf"))
+    product = tl.zeros([BM], tl.float32)
+    dq = tl.zeros([BM, D], tl.float32)
+    for s in tl.range(low // BN * BN, high, BN, num_stages=1):
+        j = s + tl.arange(0, BN)
+        total = _attention_tile(
+            Q, K, LSE, q_row, batch * sk + s, lse_row, inside, sq, scale,
+            KV, G, HEAD, BM, BN, BY_FMA, STAGES, PRECISION,
+        )  # fmt: skip
+        k_idx = KI.load([batch * sk + s, 0])
+        x = tl.dot(QI.load([q_row, 0]), k_idx.T, input_precision=PRECISION) * index_scale
+        seen = _visible(MASK, start, end, local, j, padded, SELECTED)
+        total = tl.where(seen, total, 0.0)
+        x = tl.where(seen, x, 0.0)
+        product += tl.sum(total * x, 1)
+        if GRADIENT:
+            total = tl.where(seen, KV * G * tl.exp2(x - index_lse[:, None]), 0.0) - total
+            d = total.to(k_idx.dtype)
+            tl.store(SCRATCH + local.to(tl.int64)[:, None] * padded + j[None, :], d)
+            if DQ_HERE:
+                dq = tl.dot(d, k_idx, dq, input_precision=PRECISION)
+    out = tl.cast(span, tl.int64) * chunk + local
+    tl.store(PRODUCT + out, product, mask=inside)
+    if GRADIENT and DQ_HERE:
+        c = tl.arange(0, D)
+        tl.store(DQ + out[:, None] * DI + c[None, :], dq, mask=inside[:, None] & (c[None, :] < DI))
+
+
+@triton.jit
+def query_gradient(
+    SCRATCH, KI, LOW, HIGH, DQ, batch, chunk, sk, padded,
+    DI: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DQ `[spans, chunk, di]`: d k_idx over one span of keys."""
+    tile, span = tl.program_id(0), tl.program_id(1)
+    batch = tl.cast(batch, tl.int32)
+    local = tile * BM + tl.arange(0, BM)
+    low = tl.maximum(tl.load(LOW + tile), span * SPAN)
+    high = tl.minimum(tl.load(HIGH + tile), (span + 1) * SPAN)
+    dq = tl.zeros([BM, D], tl.float32)
+    for s in tl.range(low // BN * BN, high, BN, num_stages=STAGES):
+        d = tl.load(SCRATCH + local.to(tl.int64)[:, None] * padded + s + tl.arange(0, BN)[None, :])
+        dq = tl.dot(d, KI.load([batch * sk + s, 0]), dq, input_precision=PRECISION)
+    c = tl.arange(0, D)
+    out = tl.cast(span, tl.int64) * chunk + local
+    tl.store(DQ + out[:, None] * DI + c[None, :], dq, mask=(local < chunk)[:, None] & (c[None, :] < DI))
+
+
+@triton.jit
+def key_gradient(
+    SCRATCH, QW, LOW, HIGH, DK, batch, row0, sq, sk, padded, tiles,
+    DI: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DK `[sk, di]` fp32 of one key tile += d^T q over the row tiles that see it; q already weighted."""
+    s = tl.program_id(0) * BN
+    batch = tl.cast(batch, tl.int32)
+    t = tl.arange(0, TILES)
+    low = tl.load(LOW + t, mask=t < tiles, other=sk)
+    high = tl.load(HIGH + t, mask=t < tiles, other=0)
+    sees = (low // BN * BN < s + BN) & (high > s)
+    first = tl.min(tl.where(sees, t, TILES))
+    last = tl.max(tl.where(sees, t, -1))
+    if first <= last:
+        j = s + tl.arange(0, BN)
+        c = tl.arange(0, D)
+        at = DK + j.to(tl.int64)[:, None] * DI + c[None, :]
+        keep = (j < sk)[:, None] & (c[None, :] < DI)
+        dk = tl.load(at, mask=keep, other=0.0)
+        for tile in tl.range(first, last + 1, num_stages=STAGES):
+            low, high = tl.load(LOW + tile), tl.load(HIGH + tile)
+            sees = (low // BN * BN < s + BN) & (high > s)
+            local = tile * BM + tl.arange(0, BM)
+            source = SCRATCH + local.to(tl.int64)[:, None] * padded + j[None, :]
+            d = tl.load(source, mask=tl.broadcast_to(sees, (BM, BN)), other=0.0)
+            dk = tl.dot(d.T, QW.load([batch * sq + row0 + tile * BM, 0]), dk, input_precision=PRECISION)
+        tl.store(at, dk, mask=keep)
