@@ -7,7 +7,7 @@ h query heads, g KV heads, d head dim, k selected.
 
 from torch import Tensor
 
-from megatron_clsa.kernels import flash, indexer_topk, union_attention
+from megatron_clsa.kernels import flash, indexer_kd, indexer_topk, union_attention
 from megatron_clsa.kernels import streaming_kd as _kd
 from megatron_clsa.kernels import window as _window
 from megatron_clsa.kernels.plan import UnionPlan, build_union_plan, queries_of_tile
@@ -70,7 +70,25 @@ def attention_kd(
     Without an index both softmaxes run over all visible keys (`lse` of dense attention); with one, over the
     selected keys (`lse` of sparse attention). Gradient flows to q_idx and k_idx only.
     """
-    return _kd.streaming_kd(query, key, lse, q_idx, k_idx, rows, index, scale, index_scale)
+    arguments = query, key, lse, q_idx, k_idx, rows, index, scale, index_scale
+    if indexer_kd.supported(query, key, q_idx):
+        return indexer_kd.triton_kd(*arguments)
+    return _kd.streaming_kd(*arguments)
+
+
+def attention_kd_sum(
+    query, key, lse, q_idx, k_idx, rows: RowRange, index: Tensor | None, counted: Tensor, scale, index_scale
+) -> Tensor:
+    """Scalar: `attention_kd` summed over the rows `counted [b, sq]` (bool).
+
+    Knowing which rows count, the GPU kernels make value and gradients from one sweep instead of two.
+    """
+    if indexer_kd.supported(query, key, q_idx):
+        return indexer_kd.triton_kd_sum(
+            query, key, lse, q_idx, k_idx, rows, index, counted, scale, index_scale
+        )
+    rows_ce = _kd.streaming_kd(query, key, lse, q_idx, k_idx, rows, index, scale, index_scale)
+    return rows_ce.masked_fill(~counted, 0.0).sum()
 
 
 def attention_mass(query, key, lse, rows: RowRange, sampled: Tensor, scale: float) -> Tensor:

@@ -1,63 +1,22 @@
-"""The distillation loss of the indexer in Triton, `full` and `selected`: value, dq_idx and dk_idx in one sweep.
+"""The distillation loss of the indexer on GPUs, `full` and `selected`: value, dq_idx and dk_idx in one sweep.
 
-Owns the launches, the scratch and autograd; the kernels are in `kd_sweep.py`, the meaning in `reference.py`.
-The gradient of the scores, d = H softmax(I) - sum_h P_h, needs every head's probabilities, the costly part;
-so value and both gradients come from one sweep in the forward pass. dq_idx of a row scales with the row's
-upstream gradient afterwards; dk_idx sums rows, so the rows' weights must be known: `triton_kd_sum` is told
-them and returns the weighted sum, `triton_kd` returns rows and sweeps again in its backward.
+Owns the torch operators and their autograd; tiles and launches are in `kd_launch.py`, kernels in
+`kd_sweep.py`, the meaning in `reference.py`. The gradient of the scores, d = H softmax(I) - sum_h P_h, needs
+every head's probabilities, the costly part; so the value and both gradients come from one sweep, in the
+forward pass. dq_idx of a row scales with the row's upstream gradient afterwards, but dk_idx sums over rows:
+`kd_sum` is told the rows' weights and returns the weighted sum, whose upstream gradient is one number;
+`kd_rows` returns rows and sweeps a second time in its backward. Without gradient neither keeps anything.
 
-d is kept for chunks of rows in a scratch of fixed size; nothing is N x N. Axes: b batch, sq queries, sk keys,
-h heads, g KV heads, d head dim, di index dim, k selected.
+Axes: b batch, sq queries, sk keys, h heads, g KV heads, d head dim, di index dim, k selected.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_clsa.kernels import kd_sweep
+from megatron_clsa.kernels.kd_launch import LOG2E, Inputs, Sweep, Tiles, default_tiles
 from megatron_clsa.kernels.rows import RowRange
 
-SCRATCH_BYTES = 512 * 2**20
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
-LOG2E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tile sizes and the launch of the sweep; the defaults are the fastest measured on an H100."""
-
-    rows: int = 64
-    keys: int = 128
-    span: int = 1024
-    band: int = 32
-    warps: int = 4
-    stages: int = 2
-    registers: int | None = None
-    dq_in_sweep: bool = False
-    heads_by_fma: int = 0
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Contiguous inputs of one call; lse in log2 units with +inf in empty rows, so that exp2 gives 0."""
-
-    query: Tensor
-    key: Tensor
-    lse: Tensor
-    q_idx: Tensor
-    k_idx: Tensor
-    rows: RowRange
-    index: Tensor | None
-    scale: float
-    index_scale: float
-
-    @property
-    def precision(self) -> str:
-        return "ieee" if self.query.dtype == torch.float32 else "tf32"
 
 
 def supported(query: Tensor, key: Tensor, q_idx: Tensor) -> bool:
@@ -75,139 +34,141 @@ def supported(query: Tensor, key: Tensor, q_idx: Tensor) -> bool:
     )
 
 
-def default_tiles(query: Tensor, q_idx: Tensor) -> Tiles:
-    widest = max(query.shape[-1], q_idx.shape[-1])
-    if query.dtype == torch.float32:
-        return Tiles(rows=32, keys=32, stages=1)
-    return Tiles(keys=64) if widest > 128 else Tiles()
-
-
-def _flat(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """`[b, s, ...]` as a matrix of b s rows, read in blocks of `rows` x `columns`; zero beyond its end."""
-    flat = x.reshape(x.shape[0] * x.shape[1], -1)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns])
-
-
-def _tile_ranges(rows: RowRange, row_tile: int, num_keys: int) -> tuple[Tensor, Tensor]:
-    """`[b, tiles]` int32 twice: keys `low..high-1` that any row of the tile sees; low = high if none."""
-    start, end = rows.start.clamp(min=0), rows.end.clamp(max=num_keys - 1)
-    empty = end < start
-    pad = -start.shape[1] % row_tile
-    low = torch.nn.functional.pad(start.masked_fill(empty, num_keys), (0, pad), value=num_keys)
-    high = torch.nn.functional.pad((end + 1).masked_fill(empty, 0), (0, pad), value=0)
-    low, high = (x.unflatten(1, (-1, row_tile)) for x in (low, high))
-    low, high = low.amin(2), high.amax(2)
-    return torch.minimum(low, high).int().contiguous(), high.int().contiguous()
-
-
-def _selected_bytes(index: Tensor, padded: int, rows: int) -> Tensor:
-    """`[rows, padded]` bytes, 1 at the positions of `index [r, k]`; -1 marks nothing."""
-    at = torch.where(index < 0, padded, index).long()
-    chosen = torch.zeros(rows, padded + 1, dtype=torch.uint8, device=index.device)
-    chosen[: at.shape[0]].scatter_(1, at, 1)
-    return chosen[:, :padded].contiguous()
-
-
-class _Sweep:
-    """One call: its descriptors, its scratch, and the walk over batch and chunks of rows."""
-
-    def __init__(self, inputs: Inputs, weight: Tensor | None, want_dq: bool, tiles: Tiles):
-        self.inputs, self.tiles, self.gradient = inputs, tiles, want_dq or weight is not None
-        self.want_dq, self.weight = want_dq, weight
-        b, sq, h, d = inputs.query.shape
-        self.sk, self.kv = inputs.key.shape[1:3]
-        self.b, self.sq, self.h, self.d, self.di = b, sq, h, d, inputs.q_idx.shape[-1]
-        self.wide = max(16, triton.next_power_of_2(self.di))
-        self.padded = triton.cdiv(self.sk, tiles.keys) * tiles.keys
-        self.spans = triton.cdiv(self.sk, tiles.span)
-        row_bytes = self.padded * (inputs.query.element_size() + (inputs.index is not None))
-        fitting = max(1, SCRATCH_BYTES // row_bytes // tiles.rows) * tiles.rows
-        self.chunk = min(fitting, triton.cdiv(sq, tiles.rows) * tiles.rows)
-        self.q = _flat(inputs.query, tiles.rows, d)
-        self.k = _flat(inputs.key, tiles.keys, d)
-        self.qi, self.ki = (_flat(inputs.q_idx, tiles.rows, self.wide), _flat(inputs.k_idx, tiles.keys, self.wide))
-        self.low, self.high = _tile_ranges(inputs.rows, tiles.rows, self.sk)
-
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """ce `[b, sq]`, dq `[b, sq, di]` unweighted, dk `[b, sk, di]` weighted, all fp32."""
-        new = dict(dtype=torch.float32, device=self.inputs.query.device)
-        ce = torch.empty(self.b, self.sq, **new)
-        dq = torch.empty(self.b, self.sq if self.want_dq else 0, self.di, **new)
-        dk = torch.zeros(self.b, self.sk if self.weight is not None else 0, self.di, **new)
-        scratch = torch.empty(
-            self.chunk if self.gradient else 0, self.padded, dtype=self.inputs.query.dtype, device=dk.device
-        )
-        weighted = None
-        if self.weight is not None:
-            weighted = _flat(
-                (self.inputs.q_idx * self.weight[..., None]).to(self.inputs.q_idx.dtype), self.tiles.rows, self.wide
-            )
-        for batch in range(self.b):
-            for row0 in range(0, self.sq, self.chunk):
-                self._chunk(batch, row0, scratch, weighted, ce, dq, dk)
-        return ce, dq.mul_(self.inputs.index_scale), dk.mul_(self.inputs.index_scale)
-
-    def _chunk(self, batch: int, row0: int, scratch, weighted, ce, dq, dk) -> None:
-        inputs, tiles = self.inputs, self.tiles
-        count = min(self.chunk, self.sq - row0)
-        row_tiles, first = triton.cdiv(count, tiles.rows), row0 // tiles.rows
-        low, high = self.low[batch, first:], self.high[batch, first:]
-        rows = inputs.rows.start, inputs.rows.end, low, high
-        chosen = None
-        if inputs.index is not None:
-            chosen = _selected_bytes(inputs.index[batch, row0 : row0 + count], self.padded, row_tiles * tiles.rows)
-        new = dict(dtype=torch.float32, device=ce.device)
-        tile = {"BM": tiles.rows, "BN": tiles.keys, "PRECISION": inputs.precision}
-        common = {"SPAN": tiles.span, "SELECTED": chosen is not None, **tile}
-        parts = torch.empty(self.spans, count, **new)
-        kd_sweep.index_lse[(row_tiles, self.spans)](
-            self.qi, self.ki, *rows, chosen, parts, batch, row0, count, self.sq, self.sk, self.padded,
-            inputs.index_scale * LOG2E, D=self.wide, num_warps=tiles.warps, **common,
-        )  # fmt: skip
-        index_lse = torch.logsumexp(parts / LOG2E, 0) * LOG2E
-        empty = index_lse == float("-inf")
-        index_lse = index_lse.masked_fill(empty, 0.0)
-        product, partial = torch.empty(self.spans, count, **new), torch.empty(
-            self.spans if self.want_dq else 0, count, self.di, **new
-        )
-        options = {} if tiles.registers is None else {"maxnreg": tiles.registers}
-        kd_sweep.sweep[(row_tiles * self.spans,)](
-            self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, *rows, chosen, scratch, product, partial,
-            batch, row0, count, self.sq, self.sk, self.padded, row_tiles, self.spans,
-            inputs.scale * LOG2E, inputs.index_scale * LOG2E,
-            KV=self.kv, G=self.h // self.kv, HEAD=self.d, DI=self.di, D=self.wide, BAND=tiles.band,
-            DQ_HERE=self.want_dq and tiles.dq_in_sweep, GRADIENT=self.gradient, BY_FMA=tiles.heads_by_fma,
-            STAGES=tiles.stages, num_warps=tiles.warps, **common, **options,
-        )  # fmt: skip
-        value = (self.h * index_lse - product.sum(0)) / LOG2E
-        ce[batch, row0 : row0 + count] = value.masked_fill(empty, 0.0)
-        shared = {"DI": self.di, "D": self.wide, "num_warps": 4, "STAGES": 3 if tile["PRECISION"] == "tf32" else 1}
-        if self.want_dq:
-            if not tiles.dq_in_sweep:
-                kd_sweep.query_gradient[(row_tiles, self.spans)](
-                    scratch, self.ki, low, high, partial, batch, count, self.sk, self.padded,
-                    SPAN=tiles.span, **tile, **shared,
-                )  # fmt: skip
-            torch.sum(partial, 0, out=dq[batch, row0 : row0 + count])
-        if weighted is not None:
-            kd_sweep.key_gradient[(self.padded // tiles.keys,)](
-                scratch, weighted, low, high, dk[batch], batch, row0, self.sq, self.sk, self.padded, row_tiles,
-                TILES=triton.next_power_of_2(row_tiles), **tile, **shared,
-            )  # fmt: skip
-
-
-def _prepare(query, key, lse, q_idx, k_idx, start, end, index, scale, index_scale) -> Inputs:
-    lse = (lse.float() * LOG2E).masked_fill(lse == float("-inf"), float("inf")).contiguous()
-    tensors = (x.contiguous() for x in (query, key))
-    query, key = tensors
-    rows = RowRange(start.contiguous(), end.contiguous())
-    return Inputs(query, key, lse, q_idx.contiguous(), k_idx.contiguous(), rows, index, scale, index_scale)
-
-
 def run_sweep(
     query, key, lse, q_idx, k_idx, rows: RowRange, index, weight, scale, index_scale, want_dq: bool,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """ce, dq (empty unless asked), dk (empty without weight): what both ops below are made of."""
-    inputs = _prepare(query, key, lse, q_idx, k_idx, rows.start, rows.end, index, scale, index_scale)
-    return _Sweep(inputs, weight, want_dq, tiles or default_tiles(query, q_idx)).run()
+    """fp32 ce `[b, sq]`, dq `[b, sq, di]` of plain rows, dk `[b, sk, di]` of rows times `weight [b, sq]`.
+
+    dq has no rows unless wanted, dk none without a weight.
+    """
+    lse = (lse.float() * LOG2E).masked_fill(lse == float("-inf"), float("inf")).contiguous()
+    query, key, q_idx, k_idx = (x.contiguous() for x in (query, key, q_idx, k_idx))
+    rows = RowRange(rows.start.contiguous(), rows.end.contiguous())
+    inputs = Inputs(query, key, lse, q_idx, k_idx, rows, index, scale, index_scale)
+    return Sweep(inputs, weight, want_dq, tiles or default_tiles(query, q_idx)).run()
+
+
+def _kept(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """What waits for the backward pass: bf16 has fp32's range, fp16 would lose small gradients."""
+    return gradient.to(torch.bfloat16) if dtype == torch.bfloat16 else gradient
+
+
+def _empty_gradients(q_idx: Tensor, k_idx: Tensor, want_dq: bool, want_dk: bool) -> tuple[Tensor, Tensor]:
+    dtype = torch.bfloat16 if q_idx.dtype == torch.bfloat16 else torch.float32
+    shapes = ((q_idx, want_dq), (k_idx, want_dk))
+    return tuple(
+        x.new_empty(x.shape[0], x.shape[1] if wanted else 0, x.shape[2], dtype=dtype) for x, wanted in shapes
+    )
+
+
+@torch.library.custom_op("megatron_clsa::kd_sum", mutates_args=())
+def _kd_sum(
+    query: Tensor, key: Tensor, lse: Tensor, q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor,
+    index: Tensor | None, weight: Tensor, scale: float, index_scale: float, gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The weighted sum of ce over all rows, and its gradients."""
+    ce, dq, dk = run_sweep(
+        query, key, lse, q_idx, k_idx, RowRange(start, end), index, weight if gradient else None,
+        scale, index_scale, gradient,
+    )  # fmt: skip
+    if gradient:
+        dq.mul_(weight[..., None])
+    total = (ce * weight).masked_fill(weight == 0, 0.0).sum()
+    return total, _kept(dq, q_idx.dtype), _kept(dk, q_idx.dtype)
+
+
+@_kd_sum.register_fake
+def _(query, key, lse, q_idx, k_idx, start, end, index, weight, scale, index_scale, gradient):
+    total = q_idx.new_empty((), dtype=torch.float32)
+    return total, *_empty_gradients(q_idx, k_idx, gradient, gradient)
+
+
+def _save_sum(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], output[2])
+    ctx.dtype = inputs[3].dtype
+
+
+def _sum_backward(ctx, grad, _dq, _dk):
+    dq, dk = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 12
+    return None, None, None, (dq * grad).to(ctx.dtype), (dk * grad).to(ctx.dtype), *([None] * 7)
+
+
+_kd_sum.register_autograd(_sum_backward, setup_context=_save_sum)
+
+
+@torch.library.custom_op("megatron_clsa::kd_rows", mutates_args=())
+def _kd_rows(
+    query: Tensor, key: Tensor, lse: Tensor, q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor,
+    index: Tensor | None, scale: float, index_scale: float, gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ce of every row, and its gradient to the row's q_idx."""
+    rows = RowRange(start, end)
+    ce, dq, _ = run_sweep(query, key, lse, q_idx, k_idx, rows, index, None, scale, index_scale, gradient)
+    return ce, _kept(dq, q_idx.dtype)
+
+
+@_kd_rows.register_fake
+def _(query, key, lse, q_idx, k_idx, start, end, index, scale, index_scale, gradient):
+    ce = q_idx.new_empty(q_idx.shape[:2], dtype=torch.float32)
+    return ce, _empty_gradients(q_idx, k_idx, gradient, False)[0]
+
+
+@torch.library.custom_op("megatron_clsa::kd_keys", mutates_args=())
+def _kd_keys(
+    query: Tensor, key: Tensor, lse: Tensor, q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor,
+    index: Tensor | None, weight: Tensor, scale: float, index_scale: float,
+) -> Tensor:  # fmt: skip
+    """dk_idx of the sum of ce times `weight [b, sq]`, scaled to 1 meanwhile: fp16 would underflow."""
+    largest = weight.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    rows = RowRange(start, end)
+    _, _, dk = run_sweep(
+        query, key, lse, q_idx, k_idx, rows, index, weight / largest, scale, index_scale, False
+    )
+    return (dk * largest).to(k_idx.dtype)
+
+
+@_kd_keys.register_fake
+def _(query, key, lse, q_idx, k_idx, start, end, index, weight, scale, index_scale):
+    return torch.empty_like(k_idx, memory_format=torch.contiguous_format)
+
+
+def _save_rows(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.scale, ctx.index_scale, _ = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _rows_backward(ctx, grad, _dq):
+    if grad is None:
+        return (None,) * 11
+    dq, *tensors = ctx.saved_tensors
+    dk = _kd_keys(*tensors, grad.float(), ctx.scale, ctx.index_scale)
+    return None, None, None, (dq * grad[..., None]).to(dk.dtype), dk, *([None] * 6)
+
+
+_kd_rows.register_autograd(_rows_backward, setup_context=_save_rows)
+
+
+def _needs_gradient(q_idx: Tensor, k_idx: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
+
+
+def triton_kd(
+    query, key, lse, q_idx, k_idx, rows: RowRange, index, scale: float, index_scale: float
+) -> Tensor:
+    """`ce [b, sq]` as `streaming_kd.streaming_kd`, differentiable in q_idx and k_idx only."""
+    arguments = query.detach(), key.detach(), lse.detach(), q_idx, k_idx, rows.start, rows.end, index
+    return _kd_rows(*arguments, scale, index_scale, _needs_gradient(q_idx, k_idx))[0]
+
+
+def triton_kd_sum(
+    query, key, lse, q_idx, k_idx, rows: RowRange, index, weight: Tensor, scale: float, index_scale: float
+) -> Tensor:
+    """Sum over rows of `weight [b, sq]` times ce: half the work of `triton_kd` when gradients are asked."""
+    arguments = query.detach(), key.detach(), lse.detach(), q_idx, k_idx, rows.start, rows.end, index
+    gradient = _needs_gradient(q_idx, k_idx)
+    return _kd_sum(*arguments, weight.detach().float(), scale, index_scale, gradient)[0]

@@ -3,7 +3,7 @@
 Owns tiles and arithmetic; launches, scratch and autograd are in `indexer_kd.py`. A pair's scores are made
 once for all heads, and their probabilities added in registers:
 
-    sweep   A = sum_h exp2(q_h . k - lse_h);  d = H softmax(I) - A;  value and dq_idx of a span of keys; d -> scratch
+    sweep   A = sum_h exp2(q_h . k - lse_h);  d = H softmax(I) - A -> scratch;  value (and dq_idx) of a span
     keys    dk_idx of a key tile += d^T q_idx over the row tiles of the chunk, in their order
 
 A program's work is one row tile x one span of keys, whatever the visible range, so that all programs are
@@ -28,7 +28,9 @@ def _exp2_by_fma(x):
     y = y * part + 0.24022651
     y = y * part + 0.6931472
     y = y * part + 1.0
-    return (y.to(tl.int32, bitcast=True) + (whole.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    return (y.to(tl.int32, bitcast=True) + (whole.to(tl.int32, bitcast=True) << 23)).to(
+        tl.float32, bitcast=True
+    )
 
 
 @triton.jit
@@ -199,10 +201,9 @@ def key_gradient(
         keep = (j < sk)[:, None] & (c[None, :] < DI)
         dk = tl.load(at, mask=keep, other=0.0)
         for tile in tl.range(first, last + 1, num_stages=STAGES):
-            low, high = tl.load(LOW + tile), tl.load(HIGH + tile)
-            sees = (low // BN * BN < s + BN) & (high > s)
+            seen = (tl.load(LOW + tile) // BN * BN < s + BN) & (tl.load(HIGH + tile) > s)
             local = tile * BM + tl.arange(0, BM)
             source = SCRATCH + local.to(tl.int64)[:, None] * padded + j[None, :]
-            d = tl.load(source, mask=tl.broadcast_to(sees, (BM, BN)), other=0.0)
+            d = tl.load(source, mask=tl.broadcast_to(seen, (BM, BN)), other=0.0)
             dk = tl.dot(d.T, QW.load([batch * sq + row0 + tile * BM, 0]), dk, input_precision=PRECISION)
         tl.store(at, dk, mask=keep)

@@ -2,8 +2,9 @@
 
 `L_KD = mean_t KL(stopgrad(Abar_t) || softmax(I_t))`, `Abar` the mean over layers and heads. Its gradient
 `softmax(I) - Abar` is linear in `Abar`, so every layer, head shard, pipeline stage and context shard adds
-its own part. Owns the scaling and how that part joins the backward pass; the streaming kernels are in
-`kernels/attention_kd.py`. Reported is the cross-entropy; the KL's entropy term does not decompose.
+its own part. Owns the scaling and how that part joins the backward pass; the kernels are in
+`kernels/streaming_kd.py` and `kernels/indexer_kd.py`. Reported is the cross-entropy; the KL's entropy term
+does not decompose.
 """
 
 import torch
@@ -58,14 +59,11 @@ def attach_kd_loss(carrier: Tensor, kd_sum: Tensor, config) -> Tensor:
     return _CarryLoss.apply(carrier, kd_sum, scale)
 
 
-def kd_sum_over_rows(rows_ce: Tensor, loss_rows: Tensor, config) -> Tensor:
-    """Sum of one layer's part over the counted rows.
+def kd_share(layer_sum: Tensor, config) -> Tensor:
+    """One layer's part of the mean over layers and heads, summed over rows.
 
     Args:
-        rows_ce: `[b, s]` fp32, cross-entropy summed over this rank's heads (`kernels.dispatch.attention_kd`).
-        loss_rows: `[b, s]` bool.
-    Returns:
-        Scalar, already divided by layers x heads, so that parts add up to the mean over both.
+        layer_sum: scalar, cross-entropy summed over counted rows and this rank's heads
+            (`kernels.dispatch.attention_kd_sum`).
     """
-    normaliser = config.num_cross_decoder_layers * config.num_attention_heads
-    return rows_ce.masked_fill(~loss_rows, 0.0).sum() / normaliser
+    return layer_sum / (config.num_cross_decoder_layers * config.num_attention_heads)

@@ -23,12 +23,13 @@ class CrossContext:
     Attributes:
         memory: shared by all layers.
         mode: dense or sparse, with or without distillation.
-        kd_rows: `[b, s]` fp32, written by the layer: its part of the distillation cross-entropy.
+        kd_sum: scalar fp32, written by the layer: its part of the distillation cross-entropy, summed
+            over the counted rows and this rank's heads.
     """
 
     memory: SharedMemory
     mode: ForwardMode
-    kd_rows: Tensor | None = None
+    kd_sum: Tensor | None = None
 
 
 @dataclass
@@ -86,7 +87,7 @@ class CLSACrossAttention(MegatronModule):
         key_value_states: CrossContext = None,
         inference_context=None,
     ):
-        """`[s/tp, b, H] -> ([s/tp, b, H], None)`; fills `key_value_states.kd_rows` when the mode asks."""
+        """`[s/tp, b, H] -> ([s/tp, b, H], None)`; fills `key_value_states.kd_sum` when the mode asks."""
         query, _ = self.linear_q(hidden_states)
         query = query.unflatten(-1, (-1, self.head_dim))
         if self.config.cross_qk_norm:
@@ -107,10 +108,10 @@ class CLSACrossAttention(MegatronModule):
         if mode.probe is not None:
             mode.probe.observe(query, memory, scale)
         if mode.kd_loss != "off":
-            context.kd_rows = self._kd_rows(query, lse, context, scale)
+            context.kd_sum = self._kd_sum(query, lse, context, scale)
         return output
 
-    def _kd_rows(self, query: Tensor, lse: Tensor, context: CrossContext, scale: float) -> Tensor:
+    def _kd_sum(self, query: Tensor, lse: Tensor, context: CrossContext, scale: float) -> Tensor:
         """Cross-entropy of the index against this layer's attention; gradient to Q_idx and K_idx only."""
         memory, mode = context.memory, context.mode
         query, key = query.detach(), memory.key.detach()
@@ -118,7 +119,7 @@ class CLSACrossAttention(MegatronModule):
         if not selected and mode.cross_attention == "sparse":
             with torch.no_grad():  # the full target is dense attention, which a sparse pass has not computed
                 _, lse = dispatch.dense_attention(query, key, memory.value, memory.rows, scale)
-        return dispatch.attention_kd(
+        return dispatch.attention_kd_sum(
             query,
             key,
             lse.detach(),
@@ -126,6 +127,7 @@ class CLSACrossAttention(MegatronModule):
             memory.k_idx,
             memory.rows,
             memory.index if selected else None,
+            memory.loss_rows,
             scale,
             self.config.index_head_dim**-0.5,
         )

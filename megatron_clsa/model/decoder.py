@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from megatron_clsa.distill.kd_loss import kd_sum_over_rows
+from megatron_clsa.distill.kd_loss import kd_share
 from megatron_clsa.model.cross_attention import CrossContext
 from megatron_clsa.model.forward_mode import ForwardMode
 from megatron_clsa.model.layer_specs import CLSASpec
@@ -69,8 +69,8 @@ class CLSADecoder(MegatronModule):
             for layer in layers:
                 context = CrossContext(local, mode)
                 hidden_states, _ = layer(hidden_states, context=context)
-                if context.kd_rows is not None:
-                    kd_sum = kd_sum + kd_sum_over_rows(context.kd_rows, memory.loss_rows, self.config)
+                if context.kd_sum is not None:
+                    kd_sum = kd_sum + kd_share(context.kd_sum, self.config)
             return hidden_states, kd_sum
 
         tensors = memory.key, memory.value, memory.q_idx, memory.k_idx

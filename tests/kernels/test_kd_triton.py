@@ -1,0 +1,271 @@
+"""The Triton distillation loss and its gradients equal the float64 reference: odd shapes, documents, shards.
+
+Owns the kernels of `indexer_kd.py`, in Triton's interpreter without a GPU and compiled with one.
+"""
+
+import pytest
+import torch
+from kernel_cases import make_case, packed_rows, random_index, take_rows, zigzag_positions
+
+from megatron_clsa.kernels import dispatch, indexer_kd, kd_launch, reference
+from megatron_clsa.kernels.indexer_kd import triton_kd, triton_kd_sum
+from megatron_clsa.kernels.kd_launch import Tiles
+from megatron_clsa.kernels.rows import RowRange, causal_rows
+from megatron_clsa.kernels.streaming_attention import streaming_attention
+from megatron_clsa.kernels.streaming_kd import streaming_kd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Gradients multiply d, rounded to the inputs' type, as attention kernels round their probabilities.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles, spans and chunks in a small problem; compiled tests keep the real sizes."""
+    if DEVICE == "cpu":
+        tiles = Tiles(rows=32, keys=16, span=32, band=2, stages=1)
+        monkeypatch.setattr(indexer_kd, "default_tiles", lambda *tensors: tiles)
+        monkeypatch.setattr(kd_launch, "SCRATCH_BYTES", 2 * 96 * 64)
+
+
+def drawn(dtype=torch.float32, index_size=None, **shape):
+    """A case rounded to `dtype`, its index and its float64 attention LSE."""
+    case = make_case(device=DEVICE, **shape).to(dtype)
+    index = random_index(case.rows, case.key.shape[1], index_size) if index_size else None
+    return case, index, float64_lse(case, index)
+
+
+def float64_lse(case, index):
+    exact = case.to(torch.float64)
+    with torch.no_grad():
+        attention = exact.query, exact.key, exact.value, exact.rows, exact.scale
+        return streaming_attention(*attention, index)[1].float()
+
+
+def row_weight(case):
+    b, sq = case.rows.end.shape
+    return torch.linspace(0.5, 2, b * sq, device=DEVICE).view(b, sq)
+
+
+def by_rows(case, index, lse, weight, function=triton_kd):
+    """The weighted sum and its gradients to q_idx and k_idx."""
+    arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, index
+    total = (function(*arguments, case.scale, case.index_scale) * weight).sum()
+    return total, *torch.autograd.grad(total, (case.q_idx, case.k_idx))
+
+
+def by_sum(case, index, lse, weight):
+    arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, index, weight
+    total = triton_kd_sum(*arguments, case.scale, case.index_scale)
+    return total, *torch.autograd.grad(total, (case.q_idx, case.k_idx))
+
+
+def exact(case, index, weight):
+    case = case.to(torch.float64)
+    arguments = case.query, case.key, case.q_idx, case.k_idx, case.rows, index
+    total = (reference.attention_kd(*arguments, case.scale, case.index_scale) * weight).sum()
+    return total, *torch.autograd.grad(total, (case.q_idx, case.k_idx))
+
+
+def assert_close(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.isfinite(a).all()
+        error, size = (a.double() - e).abs().max().item(), e.abs().max().item()
+        assert error <= tolerance * max(size, 1e-3), f"error {error:.3g} of {size:.3g}"
+
+
+def check(dtype=torch.float32, **shape):
+    case, index, lse = drawn(dtype, **shape)
+    weight = row_weight(case)
+    expected = exact(case, index, weight)
+    assert_close(by_sum(case, index, lse, weight), expected, TOLERANCE[dtype])
+    assert_close(by_rows(case, index, lse, weight), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("seq", [1, 63, 65, 130])
+@pytest.mark.parametrize("index_size", [None, 24])
+def test_any_length(seq, index_size):
+    check(b=2, sq=seq, h=5, g=1, rows=packed_rows(2, seq, [70, 31], DEVICE), index_size=index_size)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (5, 1), (8, 1), (6, 2), (16, 1)])
+def test_any_group_size(heads):
+    check(sq=50, h=heads[0], g=heads[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d,d_idx", [(64, 32), (128, 48), (256, 256)])
+@pytest.mark.parametrize("index_size", [None, 20])
+def test_head_dims_and_half_precision(dtype, d, d_idx, index_size):
+    check(dtype, sq=70, h=2, g=1, d=d, d_idx=d_idx, index_size=index_size)
+
+
+@pytest.mark.parametrize("options", [{"dq_in_sweep": True}, {"heads_by_fma": 2}, {"span": 16, "band": 1}])
+def test_any_tiling_gives_the_same(options, monkeypatch):
+    tiles = Tiles(**({"rows": 32, "keys": 16, "span": 32, "band": 2, "stages": 1} | options))
+    monkeypatch.setattr(indexer_kd, "default_tiles", lambda *tensors: tiles)
+    check(sq=70, h=4, g=2)
+
+
+@pytest.mark.parametrize("index_size", [None, 9])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_context_parallel_shards_add_up_to_the_whole(rank, index_size):
+    """A shard's rows have the whole's values; its dk_idx is the part of its rows."""
+    case, index, lse = drawn(sq=128, index_size=index_size)
+    at = zigzag_positions(128, rank, 4).to(DEVICE)
+    weight = torch.zeros(1, 128, device=DEVICE)
+    weight[:, at] = 1.0
+    whole = by_sum(case, index, lse, weight)
+    local = make_case(sq=128, device=DEVICE).to(torch.float32)
+    local.query, local.q_idx = case.query[:, at], case.q_idx[:, at]
+    local.key, local.k_idx, local.rows = case.key, case.k_idx, take_rows(case.rows, at)
+    index = None if index is None else index[:, at]
+    part = by_sum(local, index, lse[:, :, at], weight[:, at])
+    assert_close(part, (whole[0], whole[1][:, at], whole[2]), 1e-5)
+
+
+@pytest.mark.parametrize("index_size", [None, 8])
+def test_score_gradient_rows_sum_to_zero(index_size):
+    """With one constant feature, d loss / d q_idx is the sum of the row's score gradients: zero."""
+    case, index, lse = drawn(sq=70, d_idx=16, index_size=index_size)
+    with torch.no_grad():
+        case.k_idx[..., 0] = 1.0
+    dq = by_sum(case, index, lse, row_weight(case))[1]
+    assert dq[..., 0].abs().max() < 2e-5
+
+
+def test_no_row_depends_on_the_future():
+    """Changing a key leaves the value and gradient of every earlier row as they were, to the bit."""
+    case, _, lse = drawn(torch.bfloat16, sq=100)
+    weight = torch.ones(1, 100, device=DEVICE)
+    before = indexer_kd.run_sweep(*sweep_arguments(case, lse, weight))
+    with torch.no_grad():
+        case.key[:, 70], case.k_idx[:, 70] = 9.0, 9.0
+    after = indexer_kd.run_sweep(*sweep_arguments(case, lse, weight))
+    assert torch.equal(before[0][:, :70], after[0][:, :70])
+    assert torch.equal(before[1][:, :70], after[1][:, :70])
+    assert not torch.equal(before[0], after[0])
+
+
+def sweep_arguments(case, lse, weight):
+    tensors = [x.detach() for x in (case.query, case.key, lse, case.q_idx, case.k_idx)]
+    return *tensors, case.rows, None, weight, case.scale, case.index_scale, True
+
+
+@pytest.mark.parametrize("index_size", [None, 9])
+def test_two_runs_are_bitwise_equal(index_size):
+    case, index, lse = drawn(torch.bfloat16, b=2, sq=100, index_size=index_size)
+    first, second = (by_sum(case, index, lse, row_weight(case)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_empty_rows_cost_nothing():
+    """The first rows see nothing (LSE -inf); the last key is seen by none and gets exactly zero."""
+    rows = causal_rows(1, 70, DEVICE)
+    rows = RowRange(rows.start, torch.where(rows.end < 40, -1, rows.end.clamp(max=68)))
+    case, _, lse = drawn(sq=70, rows=rows)
+    assert lse[:, :, :40].eq(float("-inf")).all()
+    total, dq, dk = by_sum(case, None, lse, row_weight(case))
+    assert torch.isfinite(total) and dq[:, :40].eq(0).all() and dk[:, 69].eq(0).all()
+    assert_close((total, dq, dk), exact(case, None, row_weight(case)), 2e-5)
+
+
+def test_left_padding():
+    rows = causal_rows(1, 70, DEVICE)
+    check(sq=70, rows=RowRange(torch.full_like(rows.start, 37), rows.end))
+
+
+def test_uncounted_rows_have_no_part():
+    case, _, lse = drawn(sq=70)
+    weight = (torch.arange(70, device=DEVICE) % 3 > 0).float()[None]
+    total, dq, dk = by_sum(case, None, lse, weight)
+    assert dq[:, ::3].eq(0).all()
+    assert_close((total, dq, dk), exact(case, None, weight), 2e-5)
+
+
+def test_large_scores_stay_finite():
+    """Scores of a hundred and more: probabilities underflow, nothing overflows."""
+    case, _, _ = drawn(torch.bfloat16, sq=70, d=64)
+    with torch.no_grad():
+        case.query.mul_(30.0)
+    weight = torch.ones(1, 70, device=DEVICE)
+    assert_close(by_sum(case, None, float64_lse(case, None), weight), exact(case, None, weight), 3e-2)
+
+
+def test_without_gradient_only_the_value_is_made():
+    case, _, lse = drawn(sq=70)
+    arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, None
+    expected = triton_kd(*arguments, case.scale, case.index_scale)
+    with torch.no_grad():
+        rows = triton_kd(*arguments, case.scale, case.index_scale)
+        total = triton_kd_sum(*arguments, torch.ones_like(rows), case.scale, case.index_scale)
+    assert torch.equal(rows, expected) and not rows.requires_grad
+    torch.testing.assert_close(total, rows.sum())
+
+
+def test_strided_inputs():
+    """Query and key as slices of wider projections."""
+    case, _, lse = drawn(sq=50)
+    with torch.no_grad():
+        case.query = torch.stack([case.query, case.query], 3)[:, :, :, 0]
+        case.key = torch.cat([case.key, case.key], -1)[..., :32]
+    assert_close(by_sum(case, None, lse, row_weight(case)), exact(case, None, row_weight(case)), 2e-5)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_ops_pass_opcheck(gradient):
+    case, index, lse = drawn(sq=33, index_size=8)
+    tensors = case.query.detach(), case.key.detach(), lse, case.q_idx, case.k_idx
+    tensors = *tensors, case.rows.start, case.rows.end, index
+    scales = case.scale, case.index_scale
+    ops = torch.ops.megatron_clsa
+    torch.library.opcheck(ops.kd_sum.default, (*tensors, row_weight(case), *scales, gradient))
+    torch.library.opcheck(ops.kd_rows.default, (*tensors, *scales, gradient))
+    detached = [x if x is None else x.detach() for x in tensors]
+    torch.library.opcheck(ops.kd_keys.default, (*detached, row_weight(case), *scales))
+
+
+@pytest.mark.gpu
+def test_the_dispatcher_takes_triton_on_a_gpu(monkeypatch):
+    calls = []
+    monkeypatch.setattr(indexer_kd, "triton_kd", lambda *a: calls.append("rows"))
+    monkeypatch.setattr(indexer_kd, "triton_kd_sum", lambda *a: calls.append("sum"))
+    case, _, lse = drawn(torch.bfloat16, sq=40)
+    arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, None
+    dispatch.attention_kd(*arguments, case.scale, case.index_scale)
+    dispatch.attention_kd_sum(*arguments, case.rows.end >= 0, case.scale, case.index_scale)
+    assert calls == ["rows", "sum"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seq", [8192, 32768, 131072])
+@pytest.mark.parametrize("index_size", [None, 2048])
+def test_long_sequences_equal_streaming_torch(seq, index_size):
+    """20 heads over 4: sampled rows' values and gradients against plain torch in fp32."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(1, seq, *shape, generator=generator, device=DEVICE).bfloat16()
+
+    query, key, q_idx, k_idx = draw(20, 128), draw(4, 128), draw(128), draw(128)
+    at = torch.cat([torch.arange(end - 32, end) for end in range(seq // 4, seq + 1, seq // 4)]).to(DEVICE)
+    rows = causal_rows(1, seq, DEVICE)
+    index = None
+    if index_size:
+        index = (torch.arange(index_size, device=DEVICE)[None] * 17 + rows.end[0, :, None]) % (seq // 8)
+        index = index.sort(-1).values.int()
+        index = torch.where(index > rows.end[0, :, None], -1, index)[None]
+    lse = torch.full((1, 20, seq), float("-inf"), device=DEVICE)
+    sampled = take_rows(rows, at)
+    chosen = None if index is None else index[:, at]
+    lse[:, :, at] = streaming_attention(query[:, at], key, key, sampled, 128**-0.5, chosen)[1]
+    weight = torch.zeros(1, seq, device=DEVICE)
+    weight[:, at] = 1.0
+    ce, dq, dk = indexer_kd.run_sweep(
+        query, key, lse, q_idx, k_idx, rows, index, weight, 128**-0.5, 128**-0.5, True
+    )
+    small = q_idx[:, at].float().requires_grad_(), k_idx.float().requires_grad_()
+    scales = 128**-0.5, 128**-0.5
+    expected = streaming_kd(query[:, at], key, lse[:, :, at], *small, sampled, chosen, *scales)
+    gradients = torch.autograd.grad(expected.sum(), small)
+    assert_close((ce[:, at], dq[:, at], dk), (expected, *gradients), 1.5e-2)
