@@ -7,6 +7,7 @@ dk_idx has one order of summation. Axes: b batch, sq queries, sk keys, h heads, 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,6 @@ class Inputs:
     scale: float
     index_scale: float
 
-    @property
-    def precision(self) -> str:
-        return "ieee" if self.query.dtype == torch.float32 else "tf32"
-
 
 def default_tiles(query: Tensor, q_idx: Tensor) -> Tiles:
     widest = max(query.shape[-1], q_idx.shape[-1])
@@ -81,35 +78,60 @@ def _tile_ranges(rows: RowRange, row_tile: int, num_keys: int) -> tuple[Tensor, 
 
 
 def _selected_bytes(index: Tensor, padded: int, rows: int) -> Tensor:
-    """`[rows, padded]` bytes, 1 at the positions of `index [r, k]`; -1 marks nothing."""
-    at = torch.where(index < 0, padded, index).long()
-    chosen = torch.zeros(rows, padded + 1, dtype=torch.uint8, device=index.device)
-    chosen[: at.shape[0]].scatter_(1, at, 1)
-    return chosen[:, :padded].contiguous()
+    """`[rows, padded]` bytes, 1 at the positions of `index [r, k]`; -1 marks the last, which no row sees."""
+    chosen = torch.zeros(rows, padded, dtype=torch.uint8, device=index.device)
+    chosen[: index.shape[0]].scatter_(1, torch.where(index < 0, padded - 1, index).long(), 1)
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows `row0 .. row0 + count - 1` of one batch entry: the arguments that every launch takes.
+
+    Attributes:
+        low, high: `[tiles ..]` int32, the keys that each row tile sees.
+        chosen: `[row_tiles * rows of a tile, padded]` bytes, or None without an index.
+    """
+
+    batch: int
+    row0: int
+    count: int
+    row_tiles: int
+    low: Tensor
+    high: Tensor
+    chosen: Tensor | None
 
 
 class Sweep:
-    """One call: its descriptors, its scratch, and the walk over batch and chunks of rows."""
+    """One call: its descriptors, its scratch, and the walk over batch entries and chunks of rows."""
 
     def __init__(self, inputs: Inputs, weight: Tensor | None, want_dq: bool, tiles: Tiles):
-        self.inputs, self.tiles, self.gradient = inputs, tiles, want_dq or weight is not None
-        self.want_dq, self.weight = want_dq, weight
-        b, sq, h, d = inputs.query.shape
+        self.inputs, self.tiles, self.weight, self.want_dq = inputs, tiles, weight, want_dq
+        self.gradient = want_dq or weight is not None
+        self.b, self.sq, self.h, self.d = inputs.query.shape
         self.sk, self.kv = inputs.key.shape[1:3]
-        self.b, self.sq, self.h, self.d, self.di = b, sq, h, d, inputs.q_idx.shape[-1]
+        self.di = inputs.q_idx.shape[-1]
         self.wide = max(16, triton.next_power_of_2(self.di))
-        self.padded = triton.cdiv(self.sk, tiles.keys) * tiles.keys
+        self.padded = (self.sk // tiles.keys + 1) * tiles.keys
         self.spans = triton.cdiv(self.sk, tiles.span)
         row_bytes = self.padded * (inputs.query.element_size() + (inputs.index is not None))
         fitting = max(1, SCRATCH_BYTES // row_bytes // tiles.rows) * tiles.rows
-        self.chunk = min(fitting, triton.cdiv(sq, tiles.rows) * tiles.rows)
-        self.q = _flat(inputs.query, tiles.rows, d)
-        self.k = _flat(inputs.key, tiles.keys, d)
-        self.qi, self.ki = (
-            _flat(inputs.q_idx, tiles.rows, self.wide),
-            _flat(inputs.k_idx, tiles.keys, self.wide),
-        )
+        self.chunk_rows = min(fitting, triton.cdiv(self.sq, tiles.rows) * tiles.rows)
         self.low, self.high = _tile_ranges(inputs.rows, tiles.rows, self.sk)
+        self.scratch = inputs.query.new_empty(self.chunk_rows if self.gradient else 0, self.padded)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Descriptors of the inputs, and the options that all kernels share."""
+        inputs, rows, keys = self.inputs, self.tiles.rows, self.tiles.keys
+        self.q, self.k = _flat(inputs.query, rows, self.d), _flat(inputs.key, keys, self.d)
+        self.qi, self.ki = _flat(inputs.q_idx, rows, self.wide), _flat(inputs.k_idx, keys, self.wide)
+        if self.weight is not None:
+            weighted = (inputs.q_idx * self.weight[..., None]).to(inputs.q_idx.dtype)
+            self.weighted = _flat(weighted, rows, self.wide)
+        exact = inputs.query.dtype == torch.float32
+        self.tile = {"BM": rows, "BN": keys, "D": self.wide, "PRECISION": "ieee" if exact else "tf32"}
+        self.product_options = {"DI": self.di, "STAGES": 1 if exact else 3}
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """ce `[b, sq]`, dq `[b, sq, di]` unweighted, dk `[b, sk, di]` weighted, all fp32."""
@@ -117,74 +139,70 @@ class Sweep:
         ce = torch.empty(self.b, self.sq, **new)
         dq = torch.empty(self.b, self.sq if self.want_dq else 0, self.di, **new)
         dk = torch.zeros(self.b, self.sk if self.weight is not None else 0, self.di, **new)
-        scratch = torch.empty(
-            self.chunk if self.gradient else 0, self.padded, dtype=self.inputs.query.dtype, device=dk.device
-        )
-        weighted = None
-        if self.weight is not None:
-            weighted = _flat(
-                (self.inputs.q_idx * self.weight[..., None]).to(self.inputs.q_idx.dtype),
-                self.tiles.rows,
-                self.wide,
-            )
-        for batch in range(self.b):
-            for row0 in range(0, self.sq, self.chunk):
-                self._chunk(batch, row0, scratch, weighted, ce, dq, dk)
+        for chunk in self._chunks():
+            rows = slice(chunk.row0, chunk.row0 + chunk.count)
+            index_lse = self._index_lse(chunk)
+            empty = index_lse == float("-inf")
+            index_lse = index_lse.masked_fill(empty, 0.0)
+            product, partial = self._sweep(chunk, index_lse)
+            ce[chunk.batch, rows] = ((self.h * index_lse - product) / LOG2E).masked_fill(empty, 0.0)
+            if self.want_dq:
+                torch.sum(partial, 0, out=dq[chunk.batch, rows])
+            if self.weight is not None:
+                self._key_gradient(chunk, dk[chunk.batch])
         return ce, dq.mul_(self.inputs.index_scale), dk.mul_(self.inputs.index_scale)
 
-    def _chunk(self, batch: int, row0: int, scratch, weighted, ce, dq, dk) -> None:
+    def _chunks(self) -> Iterator[_Chunk]:
+        for batch in range(self.b):
+            for row0 in range(0, self.sq, self.chunk_rows):
+                count, first = min(self.chunk_rows, self.sq - row0), row0 // self.tiles.rows
+                row_tiles, chosen = triton.cdiv(count, self.tiles.rows), None
+                if self.inputs.index is not None:
+                    index = self.inputs.index[batch, row0 : row0 + count]
+                    chosen = _selected_bytes(index, self.padded, row_tiles * self.tiles.rows)
+                low, high = self.low[batch, first:], self.high[batch, first:]
+                yield _Chunk(batch, row0, count, row_tiles, low, high, chosen)
+
+    def _partial(self, *shape: int) -> Tensor:
+        return torch.empty(self.spans, *shape, dtype=torch.float32, device=self.inputs.query.device)
+
+    def _index_lse(self, chunk: _Chunk) -> Tensor:
+        """`[count]` log2 of the sum of exp(I) over the keys of each row, -inf in empty rows."""
+        parts, rows = self._partial(chunk.count), self.inputs.rows
+        kd_sweep.index_lse[(chunk.row_tiles, self.spans)](
+            self.qi, self.ki, rows.start, rows.end, chunk.low, chunk.high, chunk.chosen, parts,
+            chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded,
+            self.inputs.index_scale * LOG2E, SPAN=self.tiles.span, SELECTED=chunk.chosen is not None,
+            num_warps=self.tiles.warps, **self.tile,
+        )  # fmt: skip
+        return torch.logsumexp(parts / LOG2E, 0) * LOG2E
+
+    def _sweep(self, chunk: _Chunk, index_lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill the scratch; sum of A I `[count]`, and dq's parts `[spans, count, di]` if wanted."""
         inputs, tiles = self.inputs, self.tiles
-        count = min(self.chunk, self.sq - row0)
-        row_tiles, first = triton.cdiv(count, tiles.rows), row0 // tiles.rows
-        low, high = self.low[batch, first:], self.high[batch, first:]
-        rows = inputs.rows.start, inputs.rows.end, low, high
-        chosen = None
-        if inputs.index is not None:
-            chosen = _selected_bytes(
-                inputs.index[batch, row0 : row0 + count], self.padded, row_tiles * tiles.rows
-            )
-        new = dict(dtype=torch.float32, device=ce.device)
-        tile = {"BM": tiles.rows, "BN": tiles.keys, "PRECISION": inputs.precision}
-        common = {"SPAN": tiles.span, "SELECTED": chosen is not None, **tile}
-        parts = torch.empty(self.spans, count, **new)
-        kd_sweep.index_lse[(row_tiles, self.spans)](
-            self.qi, self.ki, *rows, chosen, parts, batch, row0, count, self.sq, self.sk, self.padded,
-            inputs.index_scale * LOG2E, D=self.wide, num_warps=tiles.warps, **common,
-        )  # fmt: skip
-        index_lse = torch.logsumexp(parts / LOG2E, 0) * LOG2E
-        empty = index_lse == float("-inf")
-        index_lse = index_lse.masked_fill(empty, 0.0)
-        product, partial = (
-            torch.empty(self.spans, count, **new),
-            torch.empty(self.spans if self.want_dq else 0, count, self.di, **new),
-        )
-        options = {} if tiles.registers is None else {"maxnreg": tiles.registers}
-        kd_sweep.sweep[(row_tiles * self.spans,)](
-            self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, *rows, chosen, scratch, product, partial,
-            batch, row0, count, self.sq, self.sk, self.padded, row_tiles, self.spans,
+        product, partial = self._partial(chunk.count), self._partial(chunk.count * self.want_dq, self.di)
+        limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
+        kd_sweep.sweep[(chunk.row_tiles * self.spans,)](
+            self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, inputs.rows.start, inputs.rows.end,
+            chunk.low, chunk.high, chunk.chosen, self.scratch, product, partial,
+            chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded, chunk.row_tiles, self.spans,
             inputs.scale * LOG2E, inputs.index_scale * LOG2E,
-            KV=self.kv, G=self.h // self.kv, HEAD=self.d, DI=self.di, D=self.wide, BAND=tiles.band,
-            DQ_HERE=self.want_dq and tiles.dq_in_sweep, GRADIENT=self.gradient, BY_FMA=tiles.heads_by_fma,
-            STAGES=tiles.stages, num_warps=tiles.warps, **common, **options,
+            KV=self.kv, G=self.h // self.kv, HEAD=self.d, DI=self.di, SPAN=tiles.span, BAND=tiles.band,
+            SELECTED=chunk.chosen is not None, DQ_HERE=self.want_dq and tiles.dq_in_sweep,
+            GRADIENT=self.gradient, BY_FMA=tiles.heads_by_fma, STAGES=tiles.stages, num_warps=tiles.warps,
+            **self.tile, **limit,
         )  # fmt: skip
-        value = (self.h * index_lse - product.sum(0)) / LOG2E
-        ce[batch, row0 : row0 + count] = value.masked_fill(empty, 0.0)
-        shared = {
-            "DI": self.di,
-            "D": self.wide,
-            "num_warps": 4,
-            "STAGES": 3 if tile["PRECISION"] == "tf32" else 1,
-        }
-        if self.want_dq:
-            if not tiles.dq_in_sweep:
-                kd_sweep.query_gradient[(row_tiles, self.spans)](
-                    scratch, self.ki, low, high, partial, batch, count, self.sk, self.padded,
-                    SPAN=tiles.span, **tile, **shared,
-                )  # fmt: skip
-            torch.sum(partial, 0, out=dq[batch, row0 : row0 + count])
-        if weighted is not None:
-            kd_sweep.key_gradient[(self.padded // tiles.keys,)](
-                scratch, weighted, low, high, dk[batch],
-                batch, row0, self.sq, self.sk, self.padded, row_tiles,
-                TILES=triton.next_power_of_2(row_tiles), **tile, **(shared | {"num_warps": 8}),
+        if self.want_dq and not tiles.dq_in_sweep:
+            kd_sweep.query_gradient[(chunk.row_tiles, self.spans)](
+                self.scratch, self.ki, chunk.low, chunk.high, partial, chunk.batch, chunk.count, self.sk,
+                self.padded, SPAN=tiles.span, num_warps=4, **self.tile, **self.product_options,
             )  # fmt: skip
+        return product.sum(0), partial
+
+    def _key_gradient(self, chunk: _Chunk, dk: Tensor) -> None:
+        """Add the chunk's rows to dk `[sk, di]`."""
+        kd_sweep.key_gradient[(self.padded // self.tiles.keys,)](
+            self.scratch, self.weighted, chunk.low, chunk.high, dk, chunk.batch, chunk.row0, self.sq, self.sk,
+            self.padded, chunk.row_tiles, TILES=triton.next_power_of_2(chunk.row_tiles), num_warps=8,
+            **self.tile, **self.product_options,
+        )  # fmt: skip
