@@ -28,13 +28,13 @@ class Tiles:
 
     rows: int = 64
     keys: int = 128
+    pair: bool = False
     span: int = 1024
+    gradient_span: int = 4096
     band: int = 32
     warps: int = 4
     stages: int = 2
     registers: int | None = None
-    dq_in_sweep: bool = False
-    heads_by_fma: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Sweep:
         self.sk, self.kv = inputs.key.shape[1:3]
         self.di = inputs.q_idx.shape[-1]
         self.wide = max(16, triton.next_power_of_2(self.di))
-        self.padded = (self.sk // tiles.keys + 1) * tiles.keys
-        self.spans = triton.cdiv(self.sk, tiles.span)
+        step = tiles.keys * (2 if tiles.pair else 1)
+        self.padded = (self.sk // step + 1) * step
         row_bytes = self.padded * (inputs.query.element_size() + (inputs.index is not None))
         fitting = max(1, SCRATCH_BYTES // row_bytes // tiles.rows) * tiles.rows
         self.chunk_rows = min(fitting, triton.cdiv(self.sq, tiles.rows) * tiles.rows)
@@ -144,17 +144,18 @@ class Sweep:
             index_lse = self._index_lse(chunk)
             empty = index_lse == float("-inf")
             index_lse = index_lse.masked_fill(empty, 0.0)
-            product, partial = self._sweep(chunk, index_lse)
+            product = self._sweep(chunk, index_lse)
             ce[chunk.batch, rows] = ((self.h * index_lse - product) / LOG2E).masked_fill(empty, 0.0)
             if self.want_dq:
-                torch.sum(partial, 0, out=dq[chunk.batch, rows])
+                self._query_gradient(chunk, dq[chunk.batch, rows])
             if self.weight is not None:
                 self._key_gradient(chunk, dk[chunk.batch])
         return ce, dq.mul_(self.inputs.index_scale), dk.mul_(self.inputs.index_scale)
 
     def _chunks(self) -> Iterator[_Chunk]:
         for batch in range(self.b):
-            for row0 in range(0, self.sq, self.chunk_rows):
+            # The last chunk sees most keys: started first, it hides the launches of the others.
+            for row0 in reversed(range(0, self.sq, self.chunk_rows)):
                 count, first = min(self.chunk_rows, self.sq - row0), row0 // self.tiles.rows
                 row_tiles, chosen = triton.cdiv(count, self.tiles.rows), None
                 if self.inputs.index is not None:
@@ -163,41 +164,50 @@ class Sweep:
                 low, high = self.low[batch, first:], self.high[batch, first:]
                 yield _Chunk(batch, row0, count, row_tiles, low, high, chosen)
 
-    def _partial(self, *shape: int) -> Tensor:
-        return torch.empty(self.spans, *shape, dtype=torch.float32, device=self.inputs.query.device)
+    def _spans(self, span: int) -> int:
+        return triton.cdiv(self.sk, span)
+
+    def _parts(self, span: int, *shape: int) -> Tensor:
+        return torch.empty(self._spans(span), *shape, dtype=torch.float32, device=self.inputs.query.device)
 
     def _index_lse(self, chunk: _Chunk) -> Tensor:
         """`[count]` log2 of the sum of exp(I) over the keys of each row, -inf in empty rows."""
-        parts, rows = self._partial(chunk.count), self.inputs.rows
-        kd_sweep.index_lse[(chunk.row_tiles, self.spans)](
+        span, rows = self.tiles.gradient_span, self.inputs.rows
+        parts = self._parts(span, chunk.count)
+        kd_sweep.index_lse[(chunk.row_tiles, self._spans(span))](
             self.qi, self.ki, rows.start, rows.end, chunk.low, chunk.high, chunk.chosen, parts,
             chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded,
-            self.inputs.index_scale * LOG2E, SPAN=self.tiles.span, SELECTED=chunk.chosen is not None,
-            num_warps=self.tiles.warps, **self.tile,
+            self.inputs.index_scale * LOG2E, SPAN=span, SELECTED=chunk.chosen is not None,
+            num_warps=self.tiles.rows // 16, **self.tile,
         )  # fmt: skip
         return torch.logsumexp(parts / LOG2E, 0) * LOG2E
 
-    def _sweep(self, chunk: _Chunk, index_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill the scratch; sum of A I `[count]`, and dq's parts `[spans, count, di]` if wanted."""
+    def _sweep(self, chunk: _Chunk, index_lse: Tensor) -> Tensor:
+        """Fill the scratch; returns the rows' sums of A I, `[count]`."""
         inputs, tiles = self.inputs, self.tiles
-        product, partial = self._partial(chunk.count), self._partial(chunk.count * self.want_dq, self.di)
+        product, spans = self._parts(tiles.span, chunk.count), self._spans(tiles.span)
         limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
-        kd_sweep.sweep[(chunk.row_tiles * self.spans,)](
+        kd_sweep.sweep[(chunk.row_tiles * spans,)](
             self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, inputs.rows.start, inputs.rows.end,
-            chunk.low, chunk.high, chunk.chosen, self.scratch, product, partial,
-            chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded, chunk.row_tiles, self.spans,
+            chunk.low, chunk.high, chunk.chosen, self.scratch, product,
+            chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded, chunk.row_tiles, spans,
             inputs.scale * LOG2E, inputs.index_scale * LOG2E,
-            KV=self.kv, G=self.h // self.kv, HEAD=self.d, DI=self.di, SPAN=tiles.span, BAND=tiles.band,
-            SELECTED=chunk.chosen is not None, DQ_HERE=self.want_dq and tiles.dq_in_sweep,
-            GRADIENT=self.gradient, BY_FMA=tiles.heads_by_fma, STAGES=tiles.stages, num_warps=tiles.warps,
-            **self.tile, **limit,
+            KV=self.kv, G=self.h // self.kv, HEAD=self.d, PAIR=tiles.pair, SPAN=tiles.span, BAND=tiles.band,
+            SELECTED=chunk.chosen is not None, GRADIENT=self.gradient, STAGES=tiles.stages,
+            num_warps=tiles.warps, **self.tile, **limit,
         )  # fmt: skip
-        if self.want_dq and not tiles.dq_in_sweep:
-            kd_sweep.query_gradient[(chunk.row_tiles, self.spans)](
-                self.scratch, self.ki, chunk.low, chunk.high, partial, chunk.batch, chunk.count, self.sk,
-                self.padded, SPAN=tiles.span, num_warps=4, **self.tile, **self.product_options,
-            )  # fmt: skip
-        return product.sum(0), partial
+        return product.sum(0)
+
+    def _query_gradient(self, chunk: _Chunk, dq: Tensor) -> None:
+        """Write dq `[count, di]` from the scratch."""
+        span = self.tiles.gradient_span
+        parts = self._parts(span, chunk.count, self.di)
+        kd_sweep.query_gradient[(chunk.row_tiles, self._spans(span))](
+            self.scratch, self.ki, chunk.low, chunk.high, parts, chunk.batch, chunk.count, self.sk,
+            self.padded,
+            SPAN=span, num_warps=self.tiles.rows // 16, **self.tile, **self.product_options,
+        )  # fmt: skip
+        torch.sum(parts, 0, out=dq)
 
     def _key_gradient(self, chunk: _Chunk, dk: Tensor) -> None:
         """Add the chunk's rows to dk `[sk, di]`."""

@@ -3,8 +3,10 @@
 Owns tiles and arithmetic; launches, scratch and autograd are in `indexer_kd.py`. A pair's scores are made
 once for all heads, and their probabilities added in registers:
 
-    sweep   A = sum_h exp2(q_h . k - lse_h);  d = H softmax(I) - A -> scratch;  value (and dq_idx) of a span
-    keys    dk_idx of a key tile += d^T q_idx over the row tiles of the chunk, in their order
+    index_lse       log2 of the sum of exp2(I) of a span
+    sweep           A = sum_h exp2(q_h . k - lse_h);  d = H softmax(I) - A -> scratch;  value of a span
+    query_gradient  dq_idx of a span = d k_idx
+    key_gradient    dk_idx of a key tile += d^T q_idx over the row tiles of the chunk, in their order
 
 A program's work is one row tile x one span of keys, whatever the visible range, so that all programs are
 alike. No atomics: every sum has one order. Scores are in log2 units. Axes: m rows of a tile, n keys of a
@@ -13,24 +15,6 @@ tile, h heads, g KV heads, d head dim, di index dim (D its power of two).
 
 import triton
 import triton.language as tl
-
-# exp2 on [-0.5, 0.5] by a polynomial of relative error 4e-6: the FMA units' share of the exponentials.
-ROUND = tl.constexpr(12582912.0)  # 1.5 x 2^23: adding it rounds to an integer that sits in the low bits
-
-
-@triton.jit
-def _exp2_by_fma(x):
-    """exp2 without the special function unit; x below -126 counts as -126."""
-    x = tl.maximum(x, -126.0)
-    whole = x + ROUND
-    part = x - (whole - ROUND)
-    y = part * 0.009618129 + 0.05550411
-    y = y * part + 0.24022651
-    y = y * part + 0.6931472
-    y = y * part + 1.0
-    return (y.to(tl.int32, bitcast=True) + (whole.to(tl.int32, bitcast=True) << 23)).to(
-        tl.float32, bitcast=True
-    )
 
 
 @triton.jit
@@ -78,40 +62,58 @@ def index_lse(
 
 
 @triton.jit
-def _attention_tile(
+def _attention_tiles(
     Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale,
     KV: tl.constexpr, G: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BY_FMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PAIR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`[m, n]` sum of all heads' probabilities; not masked. BY_FMA of the G heads use `_exp2_by_fma`."""
-    total = tl.zeros([BM, BN], tl.float32)
+    """`[m, n]` sum of all heads' probabilities, not masked, of one key tile or (PAIR) of two neighbours.
+
+    With two tiles, one's scores live in registers at a time: a query tile is loaded for twice the keys.
+    """
+    total, other = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     for g in range(KV):
         k = K.load([k_row, g * HEAD])
+        if PAIR:
+            next_k = K.load([k_row + BN, g * HEAD])
         for i in tl.range(G, num_stages=STAGES):
             h = g * G + i
             lse = tl.load(LSE + lse_row + h.to(tl.int64) * sq, mask=inside, other=float("inf"))
             q = Q.load([q_row, h * HEAD])
-            x = tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None]
-            if BY_FMA:
-                if i < BY_FMA:
-                    total += _exp2_by_fma(x)
-                else:
-                    total += tl.exp2(x)
-            else:
-                total += tl.exp2(x)
-    return total
+            total += tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None])
+            if PAIR:
+                other += tl.exp2(tl.dot(q, next_k.T, input_precision=PRECISION) * scale - lse[:, None])
+    return total, other
+
+
+@triton.jit
+def _finish_tile(
+    total, q_idx, KI, k_row, s, MASK, SCRATCH, start, end, local, index_lse, padded, index_scale,
+    HEADS: tl.constexpr, BN: tl.constexpr, SELECTED: tl.constexpr, GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store d of the tile at key `s`; returns each row's sum of A I."""
+    j = s + tl.arange(0, BN)
+    k_idx = KI.load([k_row, 0])
+    x = tl.dot(q_idx, k_idx.T, input_precision=PRECISION) * index_scale
+    seen = _visible(MASK, start, end, local, j, padded, SELECTED)
+    total = tl.where(seen, total, 0.0)
+    x = tl.where(seen, x, 0.0)
+    if GRADIENT:
+        d = tl.where(seen, HEADS * tl.exp2(x - index_lse[:, None]), 0.0) - total
+        tl.store(SCRATCH + local.to(tl.int64)[:, None] * padded + j[None, :], d.to(k_idx.dtype))
+    return tl.sum(total * x, 1)
 
 
 @triton.jit
 def sweep(
-    Q, K, LSE, QI, KI, INDEX_LSE, START, END, LOW, HIGH, MASK, SCRATCH, PRODUCT, DQ,
+    Q, K, LSE, QI, KI, INDEX_LSE, START, END, LOW, HIGH, MASK, SCRATCH, PRODUCT,
     batch, row0, chunk, sq, sk, padded, tiles, spans, scale, index_scale,
-    KV: tl.constexpr, G: tl.constexpr, HEAD: tl.constexpr, DI: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, BAND: tl.constexpr, SELECTED: tl.constexpr,
-    DQ_HERE: tl.constexpr, GRADIENT: tl.constexpr, BY_FMA: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KV: tl.constexpr, G: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PAIR: tl.constexpr, SPAN: tl.constexpr, BAND: tl.constexpr, SELECTED: tl.constexpr,
+    GRADIENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row tile x one span: PRODUCT `[spans, chunk]` sum of A I; DQ `[spans, chunk, di]`; d to SCRATCH.
+    """One row tile x one span: d to SCRATCH `[chunk, padded]`, the sum of A I to PRODUCT `[spans, chunk]`.
 
     Programs go through BAND row tiles before the next span, so that those running together share keys
     and queries in the L2 cache.
@@ -124,38 +126,31 @@ def sweep(
     batch = tl.cast(batch, tl.int32)
     local = tile * BM + tl.arange(0, BM)
     inside = local < chunk
-    row = row0 + local
-    start, end = _rows(START, END, batch, row, inside, sq, sk)
+    start, end = _rows(START, END, batch, row0 + local, inside, sq, sk)
     low = tl.maximum(tl.load(LOW + tile), span * SPAN)
     high = tl.minimum(tl.load(HIGH + tile), (span + 1) * SPAN)
     q_row = batch * sq + row0 + tile * BM
-    lse_row = batch.to(tl.int64) * (KV * G) * sq + row
+    lse_row = batch.to(tl.int64) * (KV * G) * sq + row0 + local
     index_lse = tl.load(INDEX_LSE + local, mask=inside, other=float("inf"))
     product = tl.zeros([BM], tl.float32)
-    dq = tl.zeros([BM, D], tl.float32)
-    for s in tl.range(low // BN * BN, high, BN, num_stages=1):
-        j = s + tl.arange(0, BN)
-        total = _attention_tile(
-            Q, K, LSE, q_row, batch * sk + s, lse_row, inside, sq, scale,
-            KV, G, HEAD, BM, BN, BY_FMA, STAGES, PRECISION,
+    STEP: tl.constexpr = 2 * BN if PAIR else BN
+    for s in tl.range(low // STEP * STEP, high, STEP, num_stages=1):
+        k_row = batch * sk + s
+        total, other = _attention_tiles(
+            Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale,
+            KV, G, HEAD, BM, BN, PAIR, STAGES, PRECISION,
         )  # fmt: skip
-        k_idx = KI.load([batch * sk + s, 0])
-        x = tl.dot(QI.load([q_row, 0]), k_idx.T, input_precision=PRECISION) * index_scale
-        seen = _visible(MASK, start, end, local, j, padded, SELECTED)
-        total = tl.where(seen, total, 0.0)
-        x = tl.where(seen, x, 0.0)
-        product += tl.sum(total * x, 1)
-        if GRADIENT:
-            total = tl.where(seen, KV * G * tl.exp2(x - index_lse[:, None]), 0.0) - total
-            d = total.to(k_idx.dtype)
-            tl.store(SCRATCH + local.to(tl.int64)[:, None] * padded + j[None, :], d)
-            if DQ_HERE:
-                dq = tl.dot(d, k_idx, dq, input_precision=PRECISION)
-    out = tl.cast(span, tl.int64) * chunk + local
-    tl.store(PRODUCT + out, product, mask=inside)
-    if GRADIENT and DQ_HERE:
-        c = tl.arange(0, D)
-        tl.store(DQ + out[:, None] * DI + c[None, :], dq, mask=inside[:, None] & (c[None, :] < DI))
+        q_idx = QI.load([q_row, 0])
+        product += _finish_tile(
+            total, q_idx, KI, k_row, s, MASK, SCRATCH, start, end, local, index_lse, padded, index_scale,
+            KV * G, BN, SELECTED, GRADIENT, PRECISION,
+        )  # fmt: skip
+        if PAIR:
+            product += _finish_tile(
+                other, q_idx, KI, k_row + BN, s + BN, MASK, SCRATCH, start, end, local, index_lse, padded,
+                index_scale, KV * G, BN, SELECTED, GRADIENT, PRECISION,
+            )  # fmt: skip
+    tl.store(PRODUCT + tl.cast(span, tl.int64) * chunk + local, product, mask=inside)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 def small_tiles(monkeypatch):
     """Several tiles, spans and chunks in a small problem; compiled tests keep the real sizes."""
     if DEVICE == "cpu":
-        tiles = Tiles(rows=32, keys=16, span=32, band=2, stages=1)
+        tiles = Tiles(rows=32, keys=16, span=32, gradient_span=64, band=2, stages=1)
         monkeypatch.setattr(indexer_kd, "default_tiles", lambda *tensors: tiles)
         monkeypatch.setattr(kd_launch, "SCRATCH_BYTES", 2 * 96 * 64)
 
@@ -100,9 +100,11 @@ def test_head_dims_and_half_precision(dtype, d, d_idx, index_size):
     check(dtype, sq=70, h=2, g=1, d=d, d_idx=d_idx, index_size=index_size)
 
 
-@pytest.mark.parametrize("options", [{"dq_in_sweep": True}, {"heads_by_fma": 2}, {"span": 16, "band": 1}])
+@pytest.mark.parametrize("options", [{"pair": True}, {"span": 16, "gradient_span": 16, "band": 1}])
 def test_any_tiling_gives_the_same(options, monkeypatch):
-    tiles = Tiles(**({"rows": 32, "keys": 16, "span": 32, "band": 2, "stages": 1} | options))
+    tiles = Tiles(
+        **({"rows": 32, "keys": 16, "span": 32, "gradient_span": 64, "band": 2, "stages": 1} | options)
+    )
     monkeypatch.setattr(indexer_kd, "default_tiles", lambda *tensors: tiles)
     check(sq=70, h=4, g=2)
 
