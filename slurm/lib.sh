@@ -1,0 +1,148 @@
+# shellcheck shell=bash
+# What the scripts in this folder share: settings, checks before start, ranks, signals, restarts. Sourced.
+# Owns no model or data flag: those are the recipe's. Site settings are in site.env (see site.env.example).
+#
+# Exit codes of the trainer, kept by the job: 0 done; 2 the same command cannot succeed (bad input, full disk),
+# never repeated; 75 saved after a signal, run again; anything else failed, run again within the budget.
+
+readonly CLSA_DONE=0 CLSA_BAD_INPUT=2 CLSA_SAVED=75
+readonly CLSA_SETTINGS=" CLSA_CONTAINER CLSA_DATA CLSA_GPUS_PER_NODE CLSA_MAX_RESTARTS CLSA_MIN_FREE_GB\
+ CLSA_MOUNTS CLSA_OUT CLSA_PYTHON CLSA_RECIPE CLSA_REQUEUE CLSA_RUNS CLSA_TOKENIZER "
+
+clsa_say() {
+    printf '[%(%F %T)T job %s restart %s] %s\n' -1 "${SLURM_JOB_ID:-none}" "${SLURM_RESTART_COUNT:-0}" "$*"
+}
+
+clsa_refuse() {
+    printf 'error: %s\n' "$1" >&2
+    exit "$CLSA_BAD_INPUT"
+}
+
+# Reads site.env and refuses what is missing or misspelt in it. $1: name of the run, the default of its folder.
+clsa_settings() {
+    local name words complaint env="${CLSA_ENV:-$CLSA_ROOT/slurm/site.env}"
+    [ -f "$env" ] || clsa_refuse "$env is missing: copy slurm/site.env.example there and edit it"
+    complaint="$(bash -n "$env" 2>&1 | head -n 1)"
+    [ -z "$complaint" ] || clsa_refuse "CLSA_ENV is not valid shell: $complaint"
+    for name in $(grep -oE '^ *(export +)?CLSA_[A-Z_]+' "$env" | grep -oE 'CLSA_[A-Z_]+'); do
+        [[ $CLSA_SETTINGS == *" $name "* ]] || clsa_refuse "$env sets $name, which nothing reads:$CLSA_SETTINGS"
+    done
+    # shellcheck disable=SC1090
+    source "$env" || clsa_refuse "$env ends with an error"
+    [ -n "${CLSA_RUNS:-}${CLSA_OUT:-}" ] || clsa_refuse "$env: set CLSA_RUNS, a folder that all nodes see"
+    : "${CLSA_OUT:=$CLSA_RUNS/$1}" "${CLSA_MAX_RESTARTS:=3}" "${CLSA_MIN_FREE_GB:=500}" "${CLSA_REQUEUE:=1}"
+    : "${CLSA_GPUS_PER_NODE:=${SLURM_NTASKS_PER_NODE:-8}}" "${CLSA_PYTHON:=$CLSA_ROOT/.venv/bin/python}"
+    read -r -a words <<<"$CLSA_PYTHON"
+    [ -n "${CLSA_CONTAINER:-}" ] || command -v "${words[0]}" >/dev/null \
+        || clsa_refuse "CLSA_PYTHON=$CLSA_PYTHON does not exist: run tools/environment.sh once, or set it"
+    mkdir -p "$CLSA_OUT/logs" 2>/dev/null \
+        || clsa_refuse "CLSA_OUT=$CLSA_OUT cannot be made: give a folder that you may write to"
+    CLSA_LOGS="$CLSA_OUT/logs/${SLURM_JOB_ID:?submit this script with sbatch}"
+    mkdir -p "$CLSA_LOGS"
+}
+
+# Where the ranks meet. The port is the job's own, so that two jobs on a node do not meet each other.
+clsa_rendezvous() {
+    : "${MASTER_ADDR:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
+    : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
+    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun no longer inherits it since Slurm 22.05
+}
+
+clsa_container() {
+    [ -n "${CLSA_CONTAINER:-}" ] || return 0 # without pyxis srun does not know these flags
+    printf '%s\n' "--container-image=$CLSA_CONTAINER" "--container-mounts=${CLSA_MOUNTS:-$CLSA_ROOT,$CLSA_OUT}"
+    printf '%s\n' --no-container-mount-home --container-workdir="$CLSA_ROOT"
+}
+
+# One look at every node. A job that restarts on fewer nodes would otherwise wait in the rendezvous for ever.
+clsa_check_nodes() {
+    local report status=0 answered
+    report="$CLSA_LOGS/nodes.txt"
+    # shellcheck disable=SC2086
+    timeout 120 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${container[@]}" $CLSA_PYTHON \
+        "$CLSA_ROOT/slurm/check_node.py" --out "$CLSA_OUT" --gpus "$CLSA_GPUS_PER_NODE" \
+        --free-gb "$CLSA_MIN_FREE_GB" "$@" >"$report" 2>"$report.err" || status=$?
+    if grep -q '^error: ' "$report"; then
+        clsa_refuse "$(grep -h '^error: ' "$report" | sort -u | head -n 1 | cut -d ' ' -f 2-)"
+    fi
+    answered="$(grep -c '^node ' "$report" || true)"
+    if [ "$answered" != "$SLURM_NNODES" ]; then
+        clsa_say "only $answered of $SLURM_NNODES nodes answer (srun: $status, $(tail -n 1 "$report.err"))"
+        clsa_again 1
+    fi
+    if [ "$(grep '^node ' "$report" | cut -d ' ' -f 3- | sort -u | wc -l)" != 1 ]; then
+        clsa_refuse "nodes differ in what they run: $(grep '^node ' "$report" | sort -u -k 3 | paste -s -d '|')"
+    fi
+}
+
+# Newest complete checkpoint of the run: progress is what survives.
+clsa_progress() {
+    find "$CLSA_OUT/checkpoints" -mindepth 3 -maxdepth 3 -name manifest.json 2>/dev/null | sort | tail -n 1
+}
+
+# clsa_again CODE: run the job once more, unless the user or the cluster ended it or nothing moves any more.
+clsa_again() {
+    local state count=0 before='' job='' now budget="$CLSA_OUT/logs/restarts"
+    state="$(scontrol -o show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')"
+    if [ "$state" != JobState=RUNNING ]; then # after scancel it is COMPLETING: a requeue would bring it back
+        clsa_say "not run again: $state, the user or the cluster ended the job"
+        exit "$1"
+    fi
+    now="$(clsa_progress)"
+    [ -f "$budget" ] && IFS=$'\t' read -r job count before <"$budget"
+    if [ "$job" = "$SLURM_JOB_ID" ] && [ "$before" = "$now" ]; then count=$((count + 1)); else count=1; fi
+    printf '%s\t%s\t%s\n' "$SLURM_JOB_ID" "$count" "$now" >"$budget"
+    if ((count > CLSA_MAX_RESTARTS)); then
+        clsa_say "not run again: $CLSA_MAX_RESTARTS restarts without a new checkpoint"
+        exit "$1"
+    fi
+    [ "$CLSA_REQUEUE" = 1 ] || { clsa_say "not run again: CLSA_REQUEUE=$CLSA_REQUEUE" && exit "$1"; }
+    clsa_say "requeue after code $1, newest checkpoint: ${now:-none}"
+    trap '' TERM
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this shell
+    exit "$1"
+}
+
+# clsa_train SCRIPT ARGUMENT...: one rank a task, on all nodes, until it ends.
+# One srun task a rank, no torchrun: torchrun turns the codes 2 and 75 into 1, dies of USR1, and kills ranks
+# 30 s after a TERM, in the middle of their last save.
+clsa_train() {
+    local status=0 step='' asked=''
+    local -a container=() data=()
+    mapfile -t container < <(clsa_container)
+    clsa_rendezvous
+    # shellcheck disable=SC2206
+    [ -n "${CLSA_DATA:-}" ] && data+=(--data-path $CLSA_DATA)
+    [ -n "${CLSA_TOKENIZER:-}" ] && data+=(--tokenizer-model "$CLSA_TOKENIZER")
+    # bash runs a trap only while it waits, hence `srun &` and `wait`.
+    trap 'asked=1; clsa_say "USR1: time limit near, asking the ranks to save"; ${step:+kill -USR1 $step}' USR1
+    trap 'asked=1; clsa_say "TERM: Slurm tells the ranks itself, waiting for their save"' TERM
+    clsa_check_nodes "${data[@]}"
+    [ -z "$asked" ] || clsa_again "$CLSA_SAVED"
+    clsa_say "$SLURM_NTASKS ranks on $SLURM_JOB_NODELIST meet at $MASTER_ADDR:$MASTER_PORT, logs in $CLSA_LOGS"
+    # --wait: when a rank is gone, the others get a minute to finish a save before they are ended.
+    # shellcheck disable=SC2016,SC2086
+    srun --label --wait=60 --kill-on-bad-exit=0 --open-mode=append --output="$CLSA_LOGS/%N.log" "${container[@]}" \
+        bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank \
+        $CLSA_PYTHON "$@" --out "$CLSA_OUT" "${data[@]}" &
+    step=$!
+    until
+        wait "$step"
+        status=$?
+        ! kill -0 "$step" 2>/dev/null
+    do :; done
+    case $status in
+        "$CLSA_DONE") clsa_say "finished" && exit 0 ;;
+        "$CLSA_BAD_INPUT") clsa_refuse "$(clsa_said)" ;;
+    esac
+    [ "$status" = "$CLSA_SAVED" ] || clsa_say "the ranks ended with code $status; $(clsa_said)"
+    clsa_again "$status"
+}
+
+# The last line of the logs that says why.
+clsa_said() {
+    local line
+    line="$(cat "$CLSA_LOGS"/*.log | grep -E 'error: |Error: |HANG' | tail -n 1 | cut -c 1-300)"
+    if [ -n "$line" ]; then printf '%s' "${line#*error: }"; else printf 'see %s' "$CLSA_LOGS"; fi
+}
