@@ -144,6 +144,14 @@ def _add_run_group(parser: argparse.ArgumentParser):
         help="--dry-run: share of the peak that kernels reach while they run. Default: 0.5.",
     )
     group.add_argument(
+        "--hang-timeout",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="End the run, naming the rank, if no step ends for so long; evaluations, saves and the first "
+        "step's compilation count too. 0 waits for ever. Default: 1800.",
+    )
+    group.add_argument(
         "--keep-last",
         type=int,
         metavar="N",

@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -52,6 +53,7 @@ from megatron_clsa.training.recipe import load_recipe
 from megatron_clsa.training.step import TrainingStep
 from megatron_clsa.training.teacher_flags import TeacherSettings
 from megatron_clsa.training.teacher_supply import TeacherSupply
+from megatron_clsa.training.watchdog import Watchdog, memory_advice
 
 EXIT_DONE, EXIT_FAILED, EXIT_SAVED = 0, 1, 75
 
@@ -128,6 +130,8 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
     evaluation = Evaluation(run.config, file, run.position)
     wrap_training("train", evaluate_on_entry)
     wrap_training("load_checkpoint", load_moments if origin.moments else None)
+    watchdog = Watchdog(store, run.args.rank, run.args.world_size, run.args.hang_timeout)
+    watchdog.start()
     try:
         _announce(run, origin)
         set_global_variables(run.args)
@@ -135,7 +139,7 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
         teacher = TeacherSettings.of(get_args(), get_tokenizer().vocab_size)
         step = TrainingStep(run.config, evaluation, teacher)
         guard = Guard(GuardSettings.of(run.args), step, run.steps, bad_steps)
-        _watch(run, file, guard, TeacherSupply(teacher) if teacher else None)
+        _watch(run, file, guard, TeacherSupply(teacher) if teacher else None, watchdog)
         _pretrain(run, step, evaluation, store)
         # A signal that came after the last step's check: the phase is complete, the run is not.
         stopped = any(get_signal_handler().signals_received())
@@ -147,20 +151,25 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
         if left.code not in (None, 0) or newest_step(run.folder) is None:
             raise SystemExit(left.code or EXIT_FAILED) from None
         return None
+    except torch.OutOfMemoryError as error:
+        print(memory_advice(error, run.args.rank), file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_FAILED) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"--out {plan.out}: {error.strerror}; make room, then run it again") from error
     finally:
+        watchdog.stop()
         _tear_down()
 
 
-def _watch(run: PhaseRun, file: MetricsFile, guard: Guard, supply: TeacherSupply | None):
+def _watch(run: PhaseRun, file: MetricsFile, guard: Guard, supply: TeacherSupply | None, watchdog: Watchdog):
     """Stand around the parts of Megatron's loop that train a step and tell of it."""
     throughput = Throughput(run_shape(get_args(), run.config), run.args.peak_tflops)
     recorder = StepRecorder(file, run.position, throughput.mfu, guard.watch_gradient)
 
     def train_step(original, *args, **named):
+        watchdog.beat(get_args().curr_iteration)
         return guard(partial(supply, original) if supply else original, *args, **named)
 
     wrap_training("train_step", train_step)
