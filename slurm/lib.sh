@@ -125,7 +125,7 @@ clsa_train() {
     # shellcheck disable=SC2016,SC2086
     srun --label --wait=60 --kill-on-bad-exit=0 --open-mode=append --output="$CLSA_LOGS/%N.log" "${container[@]}" \
         bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank \
-        $CLSA_PYTHON "$@" --out "$CLSA_OUT" "${data[@]}" &
+        $CLSA_PYTHON "$@" --out "$CLSA_OUT" "${data[@]}" 2>>"$CLSA_LOGS/srun.txt" &
     step=$!
     until
         wait "$step"
@@ -136,7 +136,7 @@ clsa_train() {
         "$CLSA_DONE") clsa_say "finished" && exit 0 ;;
         "$CLSA_BAD_INPUT") clsa_refuse "$(clsa_said)" ;;
     esac
-    [ "$status" = "$CLSA_SAVED" ] || clsa_say "the ranks ended with code $status; $(clsa_said)"
+    [ "$status" = "$CLSA_SAVED" ] || clsa_say "the ranks ended with code $status: $(clsa_said); $(tail -n 1 "$CLSA_LOGS/srun.txt")"
     clsa_again "$status"
 }
 

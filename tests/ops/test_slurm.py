@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm" / "distill_clsa_7b.sh"
 TINY = ROOT / "tests" / "training" / "tiny.yaml"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--mem=0", "--time=30")
-STEPS = 120
+STEPS = 80
 FLAGS = ("--phases=dense", f"--train-iters={STEPS}", "--save-interval=20", "--eval-interval=1000")
 NOT_COMPARED = {"tokens_per_second", "step_time", "mfu", "peak_memory_bytes"}
 
