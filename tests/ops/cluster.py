@@ -131,6 +131,8 @@ class Cluster:
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(file.read_text()), signal.SIGTERM)
         del os.environ["SLURM_CONF"]
+        time.sleep(2)  # the daemons write their state before they end
+        shutil.rmtree(self.dir, ignore_errors=True)
 
 
 class Job:
