@@ -32,7 +32,6 @@ from megatron_clsa.kernels.topk_recover import recover
 
 ROWS_PER_CHUNK = 32768  # bounds the scratch: 1.1 GiB of candidates at k 2048, sk / 4 B of samples a row
 BLOCK_ROWS, BLOCK_KEYS, STAGES = 64, 64, 4
-SAMPLE_ROWS, SAMPLE_KEYS = 128, 128
 CHOOSE_BLOCK = 1024
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_K = 8192
@@ -50,6 +49,11 @@ def _on_hopper(q_idx: Tensor) -> bool:
     return torch.cuda.get_device_capability(q_idx.device) == (9, 0)
 
 
+def sample_tile(dtype: torch.dtype) -> int:
+    """Rows, and keys, of a tile of the sample: fp32 operands of 128 x 256 exceed an SM's shared memory."""
+    return 64 if dtype == torch.float32 else 128
+
+
 def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, row0: int, chunk: int) -> None:
     """Fill `index[:, row0 : row0 + chunk]`."""
     (b, sq, di), sk, k = q_idx.shape, k_idx.shape[1], index.shape[2]
@@ -65,10 +69,11 @@ def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, r
     vectors = {"DI": di, "D": max(16, triton.next_power_of_2(di)), "PRECISION": precision}
     tile = {"BM": BLOCK_ROWS, "BN": BLOCK_KEYS, "num_warps": BLOCK_ROWS // 16}
     if sk > capacity:
-        grid = (triton.cdiv(columns, SAMPLE_KEYS), triton.cdiv(chunk, SAMPLE_ROWS), b)
+        side = sample_tile(q_idx.dtype)
+        grid = (triton.cdiv(columns, side), triton.cdiv(chunk, side), b)
         sample_scores[grid](
             q_idx, k_idx, rows.start, rows.end, samples, row0, chunk, columns, width, sq, sk, capacity,
-            BM=SAMPLE_ROWS, BC=SAMPLE_KEYS, STRIDE=STRIDE, num_warps=8, **vectors,
+            BM=side, BC=side, STRIDE=STRIDE, num_warps=8, **vectors,
         )  # fmt: skip
     rank = sample_rank(k)
     enough = int(rank * (1 + TOLERANCE))

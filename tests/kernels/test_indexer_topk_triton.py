@@ -202,6 +202,16 @@ def test_capacity_leaves_room_for_the_expected_candidates():
         assert k < expected < topk_guess.candidate_capacity(k)
 
 
+@pytest.mark.parametrize("dtype", indexer_topk.SUPPORTED)
+def test_tiles_of_the_longest_vectors_fit_shared_memory(dtype):
+    """Both operands of a product lie in shared memory; a block of an H100 may have 227 KiB."""
+    block = indexer_topk.BLOCK_ROWS + indexer_topk.BLOCK_KEYS
+    stages = 1 if dtype == torch.float32 else indexer_topk.STAGES
+    streamed = indexer_topk.BLOCK_ROWS + stages * indexer_topk.BLOCK_KEYS
+    for vectors in (2 * indexer_topk.sample_tile(dtype), block, streamed):
+        assert vectors * 256 * dtype.itemsize <= 227 * 1024
+
+
 @pytest.mark.gpu
 def test_the_dispatcher_takes_triton_on_a_gpu(monkeypatch):
     calls = []
