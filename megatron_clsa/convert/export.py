@@ -25,7 +25,9 @@ from megatron_clsa.convert.names import Entry, entries
 from megatron_clsa.convert.tokenizer import write_tokenizer
 from megatron_clsa.errors import UserError
 
-CODE_FILES = ("configuration_clsa.py", "modeling_clsa.py", "layers_clsa.py", "attention_clsa.py")
+CODE_FILES = tuple(
+    f"{name}_clsa.py" for name in ("configuration", "modeling", "layers", "attention", "kernels")
+)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_clsa import Visible, document_starts, gather_selected, select, visible_keys
 from .configuration_clsa import MEMORY, WINDOW, CLSAConfig
+from .kernels_clsa import NAME, automatic, check_installed, select_by_kernel
 from .layers_clsa import (
     CLSACrossAttention,
     CLSACrossDecoderLayer,
@@ -47,6 +48,13 @@ class CLSAPreTrainedModel(PreTrainedModel):
         "hidden_states": CLSADecoderLayer,
         "attentions": [CLSASelfAttention, CLSACrossAttention],
     }
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False):
+        if requested_attention is None and automatic():
+            requested_attention = NAME
+        elif requested_attention == NAME:
+            check_installed()
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
 @dataclass
@@ -141,7 +149,11 @@ class CLSAModel(CLSAPreTrainedModel):
         first_row = max(0, hidden.shape[1] - keep) if keep else 0
         hidden, source = hidden[:, first_row:], source[:, first_row:]
         index_query = self.memory.indexer.query(source)
-        mask = self._selected(index_query, index_key, seen, first_row)
+        mask = None
+        if not want_loss:
+            mask = select_by_kernel(self.config, index_query, index_key, value, seen, first_row)
+        if mask is None:
+            mask = self._selected(index_query, index_key, seen, first_row)
         log_index = self.memory.indexer.log_softmax(index_query, index_key, mask) if want_loss else None
         k = self.config.index_topk
         if (
