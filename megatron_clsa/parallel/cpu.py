@@ -186,9 +186,10 @@ def patch_training():
 def wrap_training(name: str, around: Callable | None):
     """Call `around(original, ...)` in place of a function of `megatron.training.training`; None undoes it.
 
-    Three have no hook upstream: `training_log`, the one place that sees every figure of a step, `train`,
-    which never evaluates before its first step, and `load_checkpoint`, which cannot keep the optimizer's
-    moments and restart the schedule.
+    Four have no hook upstream: `training_log`, the one place that sees every figure of a step, `train`,
+    which never evaluates before its first step, `load_checkpoint`, which cannot keep the optimizer's
+    moments and restart the schedule, and `setup_model_and_optimizer`, which hands its model to nobody
+    who could take it apart.
     """
     training = import_module("megatron.training.training")
     original = getattr(getattr(training, name), "original", getattr(training, name))

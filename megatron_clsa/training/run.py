@@ -8,7 +8,6 @@ through the checkpoint of the one before.
 """
 
 import errno
-import gc
 import os
 import signal
 import socket
@@ -50,6 +49,7 @@ from megatron_clsa.training.progress import (
     without_megatrons_line,
 )
 from megatron_clsa.training.recipe import load_recipe
+from megatron_clsa.training.release import free_last_phase, remember_chunks
 from megatron_clsa.training.step import TrainingStep
 from megatron_clsa.training.teacher_flags import TeacherSettings
 from megatron_clsa.training.teacher_supply import TeacherSupply
@@ -120,6 +120,7 @@ def run_phase(run: PhaseRun, plan: RunPlan, store: dist.Store) -> dict | None:
 
 
 def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[int]) -> dict | None:
+    free_last_phase()
     loader = Loader(store, run.args.rank, run.args.world_size, plan.checkpoints)
     origin = run.origin(plan.state, plan.checkpoints, loader.newest)
     origin.apply(run.args, run.folder)
@@ -128,6 +129,7 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
     if run.args.rank == run.args.world_size - 1:
         file.truncate(run.position.at(origin.step))
     evaluation = Evaluation(run.config, file, run.position)
+    wrap_training("setup_model_and_optimizer", remember_chunks)
     wrap_training("train", evaluate_on_entry)
     wrap_training("load_checkpoint", load_moments if origin.moments else None)
     watchdog = Watchdog(store, run.args.rank, run.args.world_size, run.args.hang_timeout)
@@ -246,12 +248,8 @@ def _announce(run: PhaseRun, origin: Origin):
 
 
 def _tear_down():
-    """Leave nothing of a phase behind but the files it wrote."""
+    """Close what a phase opened; `free_last_phase` frees its tensors once its frames are gone."""
     close_writers()
     destroy_global_state()
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ENVIRONMENT, command, distill, metrics, steps
+from runs import ENVIRONMENT, command, distill, metrics, run, steps
 
 STEP_FIELDS = {
     "step",
@@ -71,6 +71,14 @@ def test_every_step_and_evaluation_logs_its_fields(whole_run):
     evaluations = [line for line in whole_run("single") if "valid_lm_loss" in line]
     assert {line["phase"] for line in evaluations} == {"dense", "warmup", "sparse"}
     assert all(line.keys() >= EVALUATION_FIELDS for line in evaluations)
+
+
+def test_a_phase_starts_with_no_model_or_optimizer_of_the_phases_before(tmp_path):
+    words = command(tmp_path, "--train-iters", "2")
+    words[1] = str(Path(__file__).parent / "alive_run.py")
+    result = run(words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [line for line in result.stdout.splitlines() if line.startswith("alive")] == ["alive 0"] * 3
 
 
 @pytest.mark.parametrize("layout", ["tp2", "cp2", "pp2_vpp2"])
