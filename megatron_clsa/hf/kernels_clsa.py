@@ -129,6 +129,8 @@ def _range_of_mask(mask: Tensor) -> tuple[Tensor, Tensor] | None:
 def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """transformers' attention interface; `attention_mask` is a `Selected` or a mask for sdpa.
 
+    With a `Selected`, the second result is the rows' log-sum-exp `[b, h, s]`, which `index_loss` needs.
+
     The last copy of this file that was loaded serves the models of every copy, hence no isinstance(Selected).
     """
     if attention_mask is None or isinstance(attention_mask, Tensor):
@@ -136,10 +138,21 @@ def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *
         return run(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     chosen = attention_mask
     query, key, value = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))  # differ in autocast
-    out, _ = _kernel("dispatch").sparse_attention(
+    return _kernel("dispatch").sparse_attention(
         query, key, value, chosen.index, chosen.rows, scaling, chosen.plan
     )
-    return out, None
+
+
+def index_loss(module, query: Tensor, key: Tensor, lse: Tensor, indexer: Tensor, chosen: Selected) -> Tensor:
+    """`[b, s]`: what `attention_clsa.index_cross_entropy` is, over the selected positions.
+
+    indexer `[b, s + t, di]`: the indexer's queries, then its keys; only they get a gradient.
+    """
+    index_query, index_key = indexer.split([query.shape[2], key.shape[2]], dim=1)
+    query, key, scale = query.transpose(1, 2), key.to(query.dtype).transpose(1, 2), indexer.shape[-1] ** -0.5
+    return _kernel("dispatch").attention_kd(
+        query, key, lse, index_query, index_key, chosen.rows, chosen.index, module.scaling, scale
+    )
 
 
 AttentionInterface.register(NAME, attention)

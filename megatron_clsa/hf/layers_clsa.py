@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_clsa import Visible, attend, attend_window, index_cross_entropy
 from .configuration_clsa import CLSAConfig
+from .kernels_clsa import Selected, index_loss
 
 
 class CLSARMSNorm(nn.Module):
@@ -114,13 +115,17 @@ class CLSACrossAttention(_Heads):
         self.q_norm = self._norm(config.cross_qk_norm)
 
     def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, log_index: Tensor | None, mask: Tensor, **kwargs
+        self, x: Tensor, key: Tensor, value: Tensor, index: Tensor | None, mask: Tensor | Selected, **kwargs
     ):
+        """`index` is given where its loss is wanted: what `CLSAIndexer.taught` returns for this `mask`."""
         query = to_heads(self.q_proj(x), self.head_dim, self.q_norm)
         out, weights = attend(self, query, key, value, mask, **kwargs)
         loss = None
-        if log_index is not None:
-            loss = index_cross_entropy(query, key, log_index, mask, self.scaling)
+        if isinstance(mask, Selected):
+            lse, weights = weights, None
+            loss = None if index is None else index_loss(self, query, key, lse, index, mask)
+        elif index is not None:
+            loss = index_cross_entropy(query, key, index, mask, self.scaling)
         return self.o_proj(out.flatten(2)), weights, loss
 
 
@@ -142,8 +147,14 @@ class CLSAIndexer(nn.Module):
     def key(self, x: Tensor) -> Tensor:
         return self.k_proj(x) if self.k_norm is None else self.k_norm(self.k_proj(x))
 
-    def log_softmax(self, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-        """`[b, s, t]` log softmax of the scores over `mask` `[b, 1, s, t]`; 0 outside."""
+    def taught(self, query: Tensor, key: Tensor, mask: Tensor | Selected) -> Tensor:
+        """What the index loss is made from, as one tensor that checkpointing can follow.
+
+        With a mask `[b, 1, s, t]` the log softmax of the scores over it, `[b, s, t]`, 0 outside; with a
+        `Selected` queries and keys one after the other, `[b, s + t, di]`.
+        """
+        if isinstance(mask, Selected):
+            return torch.cat([query, key], dim=1)
         hidden = ~mask[:, 0]
         score = (query.float() @ key.float().transpose(1, 2)) * self.scaling
         return (
@@ -203,7 +214,13 @@ class CLSACrossDecoderLayer(CLSADecoderLayer):
         self.cross_attn = CLSACrossAttention(config, layer_idx)
 
     def forward(
-        self, hidden: Tensor, key: Tensor, value: Tensor, log_index: Tensor | None, mask: Tensor, **kwargs
+        self,
+        hidden: Tensor,
+        key: Tensor,
+        value: Tensor,
+        index: Tensor | None,
+        mask: Tensor | Selected,
+        **kwargs,
     ):
-        out, _, loss = self.cross_attn(self.input_layernorm(hidden), key, value, log_index, mask, **kwargs)
+        out, _, loss = self.cross_attn(self.input_layernorm(hidden), key, value, index, mask, **kwargs)
         return self._finish(hidden, out), loss

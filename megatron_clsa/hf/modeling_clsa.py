@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_clsa import Visible, document_starts, gather_selected, select, visible_keys
 from .configuration_clsa import MEMORY, WINDOW, CLSAConfig
-from .kernels_clsa import NAME, automatic, check_installed, select_by_kernel
+from .kernels_clsa import NAME, Selected, automatic, check_installed, select_by_kernel
 from .layers_clsa import (
     CLSACrossAttention,
     CLSACrossDecoderLayer,
@@ -149,12 +149,10 @@ class CLSAModel(CLSAPreTrainedModel):
         first_row = max(0, hidden.shape[1] - keep) if keep else 0
         hidden, source = hidden[:, first_row:], source[:, first_row:]
         index_query = self.memory.indexer.query(source)
-        mask = None
-        if not want_loss:
-            mask = select_by_kernel(self.config, index_query, index_key, value, seen, first_row)
+        mask = select_by_kernel(self.config, index_query, index_key, value, seen, first_row)
         if mask is None:
             mask = self._selected(index_query, index_key, seen, first_row)
-        log_index = self.memory.indexer.log_softmax(index_query, index_key, mask) if want_loss else None
+        index = self.memory.indexer.taught(index_query, index_key, mask) if want_loss else None
         k = self.config.index_topk
         if (
             not want_loss
@@ -165,7 +163,7 @@ class CLSAModel(CLSAPreTrainedModel):
             key, value, mask = gather_selected(key, value, mask, k)
         losses = []
         for layer in self.layers[split:]:
-            hidden, loss = layer(hidden, key, value, log_index, mask, **kwargs)
+            hidden, loss = layer(hidden, key, value, index, mask, **kwargs)
             losses.append(loss)
         return hidden, self._mean_loss(losses, mask, seen) if want_loss else None
 
@@ -176,10 +174,10 @@ class CLSAModel(CLSAPreTrainedModel):
             return seen.block(rows).expand(index_query.shape[0], -1, -1, -1)
         return select(index_query, index_key, seen, first_row, self.config.index_topk)
 
-    def _mean_loss(self, losses: list[Tensor], mask: Tensor, seen: Visible) -> Tensor:
+    def _mean_loss(self, losses: list[Tensor], mask: Tensor | Selected, seen: Visible) -> Tensor:
         """Mean over layers, heads and the rows that see any key and are no padding."""
         total = torch.stack(losses).sum(0) / (len(losses) * self.config.num_attention_heads)
-        alive = mask[:, 0].any(-1)
+        alive = mask.index[..., 0] >= 0 if isinstance(mask, Selected) else mask[:, 0].any(-1)
         if seen.padding is not None and seen.num_rows == seen.num_keys:
             alive = alive & seen.padding[:, -alive.shape[1] :]
         return (total * alive).sum() / alive.sum().clamp(min=1)

@@ -110,9 +110,10 @@ def gradients(model, ids) -> dict:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_gradients_equal_the_masked_path(reentrant, calls):
-    kernels, masks = (model.train() for model in pair())
+def test_gradients_equal_the_masked_path(reentrant, coefficient, calls):
+    kernels, masks = (model.train() for model in pair(indexer_loss_coef=coefficient))
     if reentrant is not None:
         kernels.gradient_checkpointing_enable({"use_reentrant": reentrant})
         kernels.enable_input_require_grads()
@@ -121,6 +122,16 @@ def test_gradients_equal_the_masked_path(reentrant, calls):
     assert calls and actual.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inputs", [left_padded, packed])
+def test_the_indexers_loss_equals_the_masked_path(inputs):
+    kernels, masks = pair(indexer_loss_coef=0.5, index_qk_norm=True)
+    given = inputs()
+    labels = given["input_ids"].masked_fill(given["input_ids"] == 0, -100)
+    actual, expected = (model(**given, labels=labels).indexer_loss.item() for model in (kernels, masks))
+    assert actual == pytest.approx(expected, abs=1e-5)
 
 
 @torch.no_grad()
