@@ -83,8 +83,8 @@ def _add_dense_group(group) -> None:
 
 
 def _show_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rtensors: {done} of {total}", end=end, file=sys.stderr, flush=True)
+    end = "\n" if done == total else "\r"  # an error overwrites it
+    print(f"tensors: {done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 def _tokenizer(given: Path | None, model: Path) -> Path | None:

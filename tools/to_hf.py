@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _show_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rweights: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB", end=end, file=sys.stderr, flush=True)
+    end = "\n" if done == total else "\r"  # an error overwrites it
+    print(f"weights: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB", end=end, file=sys.stderr, flush=True)
 
 
 def _tokenizer(given: Path | None, trained_with: str | None) -> Path | None:

@@ -1,7 +1,7 @@
 """Writes a Hugging Face folder: weights shard by shard, config, the model's own code, tokenizer, card.
 
-Owns the folder's content and the rule that it appears whole or not at all. Peak memory: one output shard and
-the largest tensor.
+Owns the folder's content and the rule that it appears whole or not at all; the manifest of the weights
+(`manifest.py`) is its last file. Peak memory: one output shard and the largest tensor.
 """
 
 import errno
@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_clsa.convert import manifest
 from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.card import model_card
 from megatron_clsa.convert.checkpoint import TorchDistReader
 from megatron_clsa.convert.names import Entry, entries
 from megatron_clsa.convert.tokenizer import write_tokenizer
+from megatron_clsa.convert.weights import INDEX
 from megatron_clsa.errors import UserError
 
 CODE_FILES = tuple(
@@ -142,7 +144,9 @@ def _write_weights(reader, table, out: Path, dtype, limit: int, progress) -> Non
         index |= dict.fromkeys(shard, name)
         done += sum(tensor.nbytes for tensor in shard.values())
         progress(done, total)
-    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": done}, "weight_map": index})
+    _write_json(out / INDEX, {"metadata": {"total_size": done}, "weight_map": index})
+    names = (*dict.fromkeys(index.values()), INDEX)
+    manifest.seal(out, {name: manifest.describe(out / name) for name in names}, {})
 
 
 def _hf_tensors(reader, table: list[Entry], dtype) -> Iterator[tuple[str, Tensor]]:
@@ -206,6 +210,10 @@ def whole_folder(out: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _disk_full(error: Exception) -> bool:
-    """safetensors reports the system's errors as text."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+def _disk_full(error: BaseException | None) -> bool:
+    """safetensors reports the system's errors as text; torch.save raises one of its own in its place."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            return True
+        error = error.__context__
+    return False

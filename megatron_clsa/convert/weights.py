@@ -1,19 +1,21 @@
 """Reads a Hugging Face folder's config and its safetensors, one tensor at a time.
 
 Owns the files and what can be wrong with them; knows no model. Reads no pickled weights (`*.bin`): they would
-execute what they hold.
+execute what they hold. Files that a manifest lists, as our exports do, are held to its checksums first.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_clsa.convert import manifest
 from megatron_clsa.errors import UserError
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class WeightFolder:
@@ -45,21 +47,37 @@ class WeightFolder:
 
     def _locate(self) -> dict[str, Path]:
         """Every tensor's file, and that the file has it."""
-        if (self.folder / _INDEX).is_file():
-            listed = self._json(_INDEX).get("weight_map", {})
+        if (self.folder / INDEX).is_file():
+            self._check((INDEX,))
+            listed = self._json(INDEX).get("weight_map", {})
             names = dict.fromkeys(listed.values())
         elif (self.folder / _SINGLE).is_file():
             names, listed = [_SINGLE], None
         else:
             raise UserError(f"{self.folder} has no {_SINGLE}: save the model with safetensors")
+        self._check(names)
         found = {}
         for name in names:
             with self._open(self.folder / name) as file:
                 found |= dict.fromkeys(file.keys(), self.folder / name)
         lost = sorted(set(listed or ()) - found.keys())
         if lost:
-            raise UserError(f"{self.folder / listed[lost[0]]} lacks {lost[0]}, which {_INDEX} promises")
+            raise UserError(f"{self.folder / listed[lost[0]]} lacks {lost[0]}, which {INDEX} promises")
         return found
+
+    def _check(self, names: Iterable[str]) -> None:
+        """Against the manifest, if the folder has one: those of other programs have none."""
+        if not (self.folder / manifest.NAME).is_file():
+            return
+        records = manifest.read_manifest(self.folder)
+        for name in names:
+            fault = f"{self.folder / name} was not part of this export"
+            if name in records:
+                fault = manifest.file_fault(self.folder, name, records[name])
+            if fault:
+                raise UserError(
+                    f"{fault}; export again, or delete {manifest.NAME} if you changed it yourself"
+                )
 
     def _open(self, path: Path):
         try:

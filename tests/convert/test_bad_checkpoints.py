@@ -152,15 +152,66 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("written", [0, 3, 10])
-def test_kill_9_leaves_no_folder_that_loads(checkpoint, tmp_path, written):
-    """Killed when that many shards lie in its temporary folder."""
-    out = tmp_path / "hf"
-    words = [sys.executable, str(ROOT / "tools" / "to_hf.py"), str(checkpoint), str(out)]
-    words += ["--max-shard-size", "1KB"]
+def _on_a_small_disk(folder: Path, size: str, tool: str, *words) -> subprocess.CompletedProcess:
+    """Run a tool with a file system of `size` at `folder`, which the user's own namespace may mount."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
+        pytest.skip("this system lets users mount nothing")
+    script = f'mount -t tmpfs -o size={size} none "$0" || exit 1; "$@"; code=$?; ls -A "$0"; exit $code'
+    words = ["unshare", "-rm", "sh", "-c", script, folder, sys.executable, ROOT / "tools" / tool, *words]
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("size", ["16k", "128k"])
+@pytest.mark.parametrize("tool", ["to_hf.py", "from_hf.py"])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(checkpoint, tmp_path, tool, size):
+    source, disk = checkpoint, tmp_path / "disk"
+    disk.mkdir()
+    if tool == "from_hf.py":
+        source = tmp_path / "hf"
+        assert to_hf(checkpoint, source).returncode == 0
+    before = {file.name: file.read_bytes() for file in source.iterdir() if file.is_file()}
+    result = _on_a_small_disk(disk, size, tool, source, disk / "out")
+    assert f"{disk} is full" in error_line(result)
+    assert result.stdout == ""  # of ls, too
+    assert before == {file.name: file.read_bytes() for file in source.iterdir() if file.is_file()}
+
+
+def _kill(words: list, out: Path, far_enough) -> None:
+    """Run a tool until `far_enough(its temporary folder's files)`, then kill it."""
+    words = [sys.executable, *map(str, words)]
     running = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    while running.poll() is None and len(list(tmp_path.glob(".hf.*.partial/*.safetensors"))) < written:
+    while running.poll() is None and not far_enough(list(out.parent.glob(f".{out.name}.*.partial/**/*"))):
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
     assert not out.exists()
+
+
+@pytest.mark.parametrize("written", [0, 3, 10])
+def test_kill_9_leaves_no_folder_that_loads(checkpoint, tmp_path, written):
+    """Killed when that many shards lie in its temporary folder, which does not load either."""
+    from transformers import AutoModelForCausalLM
+
+    def far_enough(files):
+        return sum(file.suffix == ".safetensors" for file in files) >= written
+
+    tool = ROOT / "tools" / "to_hf.py"
+    _kill([tool, checkpoint, tmp_path / "hf", "--max-shard-size", "1KB"], tmp_path / "hf", far_enough)
+    for left in tmp_path.glob(".hf.*"):
+        assert not (left / "manifest.json").exists()
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(left, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_kill_9_of_the_way_back_leaves_no_checkpoint(checkpoint, tmp_path, size):
+    """Killed when that many bytes of tensors lie in its temporary folder."""
+    folder, out = tmp_path / "hf", tmp_path / "start"
+    assert to_hf(checkpoint, folder).returncode == 0
+
+    def far_enough(files):
+        return sum(file.stat().st_size for file in files if file.suffix == ".distcp") >= size
+
+    _kill([ROOT / "tools" / "from_hf.py", folder, out], out, far_enough)
+    for left in tmp_path.glob(".start.*"):
+        assert "holds no checkpoint" in error_line(to_hf(left, tmp_path / "again"))

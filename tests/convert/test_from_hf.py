@@ -100,6 +100,36 @@ def test_a_truncated_file_is_named(copy):
     assert shard.name in _refused(copy)
 
 
+@pytest.mark.parametrize("file", ["model-00001-of-00001.safetensors", "model.safetensors.index.json"])
+def test_a_flipped_bit_is_found_and_its_file_named(copy, file):
+    path = copy / file
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    line = _refused(copy)
+    assert file in line and "SHA-256" in line and "manifest.json" in line
+
+
+def test_a_folder_without_a_manifest_is_read_as_it_is(copy, start, tmp_path):
+    (copy / "manifest.json").unlink()
+    assert from_hf(copy, tmp_path / "start").returncode == 0
+    name = Path(STEP_FOLDER) / "__0_0.distcp"
+    assert (tmp_path / "start" / name).read_bytes() == (start / name).read_bytes()
+
+
+def test_a_file_that_the_export_did_not_write_is_named(copy):
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["files"][_shard(copy).name]
+    path.write_text(json.dumps(content))
+    assert f"{_shard(copy).name} was not part of this export" in _refused(copy)
+
+
+def test_a_damaged_manifest_is_named(copy):
+    (copy / "manifest.json").write_text('{"files": {')
+    assert "manifest.json is damaged" in _refused(copy)
+
+
 def test_a_missing_file_is_named(copy):
     shard = _shard(copy)
     shard.unlink()
@@ -121,6 +151,7 @@ def test_a_config_of_another_size_names_the_tensor(copy):
 
 def test_a_tensor_that_no_clsa_model_has_is_named(copy):
     shard = _shard(copy)
+    (copy / "manifest.json").unlink()
     save_file(load_file(shard) | {"model.layers.0.self_attn.rotary": torch.ones(2)}, shard)
     assert "model.layers.0.self_attn.rotary" in _refused(copy)
 
