@@ -16,6 +16,7 @@ from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.dist_writer import TorchDistWriter
 from megatron_clsa.convert.names import Entry, entries
 from megatron_clsa.convert.recipe_section import write_recipe_section
+from megatron_clsa.convert.tokenizer import check_tokens, count_tokens
 from megatron_clsa.convert.weights import WeightFolder, rope_theta, rope_type
 from megatron_clsa.errors import UserError
 
@@ -56,7 +57,7 @@ def architecture_of(folder: WeightFolder, tokenizer: Path | None) -> Architectur
     """The fields of `clsa.json`.
 
     Raises:
-        UserError: if the folder holds another kind of model, or lacks a field.
+        UserError: if the folder holds another kind of model, lacks a field or does not fit the tokenizer.
     """
     config, path = folder.config, folder.folder / "config.json"
     kind = config.get("model_type")
@@ -67,6 +68,8 @@ def architecture_of(folder: WeightFolder, tokenizer: Path | None) -> Architectur
         raise UserError(f"{path} lacks {missing[0]}")
     if config.get("hidden_act") != "silu" or rope_type(config) != "default":
         raise UserError(f"{path}: training knows hidden_act silu and rope_type default only")
+    if tokenizer is not None:
+        check_tokens(tokenizer, count_tokens(tokenizer), config["vocab_size"])
     return Architecture(
         **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
         rotary_base=rope_theta(config),

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from megatron_clsa.errors import UserError
 
@@ -42,18 +43,35 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> dict[str, int]:
             tokenizer.save_pretrained(out)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--tokenizer {source} cannot be loaded: {error}") from None
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"--tokenizer {source} has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}: "
-            "give the tokenizer that the model was trained with"
-        )
+    check_tokens(source, len(tokenizer), vocab_size)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in ids.items() if value is not None}
 
 
+def check_tokens(source: Path, tokens: int, vocab_size: int) -> None:
+    """Refuse a tokenizer with ids that the model has no row for."""
+    if tokens > vocab_size:
+        raise UserError(
+            f"--tokenizer {source} has {tokens} tokens, the model's vocabulary {vocab_size}: "
+            "give the tokenizer that the model was trained with"
+        )
+
+
+def count_tokens(source: Path) -> int:
+    """Tokens of a folder's or a SentencePiece file's tokenizer, without transformers."""
+    try:
+        if (source / "tokenizer.json").is_file():
+            return Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab_size()
+        path = source / "tokenizer.model" if source.is_dir() else source
+        model = sentencepiece.SentencePieceProcessor()
+        model.LoadFromSerializedProto(path.read_bytes())
+        return model.GetPieceSize()
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise UserError(f"--tokenizer {source} cannot be loaded: {error}") from None
+
+
 def fast_from_sentencepiece(path: Path):
     """A transformers tokenizer with the ids of the SentencePiece BPE model at `path`."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import generate_merges
 

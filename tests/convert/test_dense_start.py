@@ -147,6 +147,19 @@ def test_what_clsa_has_no_place_for_is_refused(tmp_path, changes, named):
     assert named in line and not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    dense_model("llama", vocab_size=200).save_pretrained(tmp_path / "dense")
+    words = (
+        "--init-from",
+        "llama",
+        "--memory-init=mean",
+        "--tokenizer",
+        byte_tokenizer(tmp_path / "tokenizer"),
+    )
+    line = error_line(from_hf(*words, tmp_path / "dense", tmp_path / "out"))
+    assert "257 tokens" in line and "200" in line and not (tmp_path / "out").exists()
+
+
 def test_aligned_without_a_tokenizer_says_what_to_give(tmp_path):
     dense_model("llama").save_pretrained(tmp_path / "dense")
     line = error_line(from_hf("--init-from", "llama", tmp_path / "dense", tmp_path / "out"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import error_line, make
+from dense_models import byte_tokenizer
 from layouts import Layout
 from safetensors.torch import load_file, save_file
 from tools_here import from_hf, to_hf
@@ -84,9 +85,10 @@ def copy(folder, tmp_path):
 
 
 def _refused(copy: Path, *words: str) -> str:
-    out = copy.parent / "start"
+    out, before = copy.parent / "start", {file.name: file.read_bytes() for file in copy.iterdir()}
     line = error_line(from_hf(copy, out, *words))
     assert not out.exists() and not list(copy.parent.glob(".start*"))
+    assert before == {file.name: file.read_bytes() for file in copy.iterdir()}
     return line
 
 
@@ -147,6 +149,17 @@ def test_a_config_of_another_size_names_the_tensor(copy):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 62}))
     line = _refused(copy)
     assert "model.embed_tokens.weight" in line and "62" in line
+
+
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_tokenizer_that_is_none_is_refused(copy, tmp_path, content):
+    (tmp_path / "broken.model").write_text(content)
+    assert "broken.model" in _refused(copy, "--tokenizer", str(tmp_path / "broken.model"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy, tmp_path):
+    line = _refused(copy, "--tokenizer", str(byte_tokenizer(tmp_path / "tokenizer")))
+    assert "257 tokens" in line and "vocabulary 61" in line
 
 
 def test_a_tensor_that_no_clsa_model_has_is_named(copy):

@@ -44,16 +44,22 @@ def _recipe(start: Path) -> Path:
     return path
 
 
+def _name(family: str, groups: int, tied: bool) -> str:
+    return f"{family}-{'mha' if groups == 4 else 'gqa'}-{'tied' if tied else 'untied'}"
+
+
+QUICK = [("llama", 2, False), ("llama", 4, True), ("qwen3", 2, True), ("qwen3", 4, False)]
+OTHERS = [("llama", 2, True), ("llama", 4, False), ("qwen3", 2, False), ("qwen3", 4, True)]
+TP2 = ("qwen2", 2, True, ["--tensor-model-parallel-size", "2"])
+
+
 @pytest.mark.parametrize(
     "family, groups, tied, layout",
     [
-        ("llama", 2, False, []),
-        ("llama", 4, True, []),
-        ("qwen3", 2, True, []),
-        ("qwen3", 4, False, []),
-        ("qwen2", 2, True, ["--tensor-model-parallel-size", "2"]),
+        *(pytest.param(*case, [], id=_name(*case)) for case in QUICK),
+        *(pytest.param(*case, [], id=_name(*case), marks=pytest.mark.slow) for case in OTHERS),
+        pytest.param(*TP2, id="qwen2-biases-tp2"),
     ],
-    ids=["llama-gqa-untied", "llama-mha-tied", "qwen3-gqa-tied", "qwen3-mha-untied", "qwen2-biases-tp2"],
 )
 def test_a_dense_model_trains_through_all_phases_and_generates(tmp_path, family, groups, tied, layout):
     _, start = _start(tmp_path, family, groups, tied)

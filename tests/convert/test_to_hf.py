@@ -12,10 +12,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tools_here import to_hf
 
+from megatron_clsa.convert import export as exporting
 from megatron_clsa.convert.checkpoint import TorchDistReader
 from megatron_clsa.convert.names import entries
-from megatron_clsa.convert.verify import verify
-from megatron_clsa.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +93,20 @@ def _key_and_value_swapped(config, weights):
 @pytest.mark.parametrize(
     "plant", [_window_off_by_one, _index_sign_flipped, _one_norm_lost, _key_and_value_swapped]
 )
-def test_verify_finds_a_planted_error(checkpoint, folder, plant, tmp_path):
-    for file in folder.iterdir():
-        if file.suffix == ".py":
-            (tmp_path / file.name).write_text(file.read_text())
-    config, weights = json.loads((folder / "config.json").read_text()), _weights(folder)
-    plant(config, weights)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    arch = architecture(Layout())
-    with pytest.raises(UserError, match="logits differ"):
-        verify(TorchDistReader(checkpoint), arch, tmp_path)
+def test_verify_finds_a_planted_error(checkpoint, plant, tmp_path, monkeypatch):
+    """The tool with a fault in what it writes: refused, and nothing is published."""
+    sound = exporting.export
+
+    def faulty(reader, arch, out, *rest):
+        sound(reader, arch, out, *rest)
+        config, weights = json.loads((out / "config.json").read_text()), _weights(out)
+        plant(config, weights)
+        (out / "config.json").write_text(json.dumps(config))
+        save_file(weights, next(out.glob("*.safetensors")), metadata={"format": "pt"})
+
+    monkeypatch.setattr(exporting, "export", faulty)
+    assert "logits differ" in error_line(to_hf(checkpoint, tmp_path / "hf", "--verify"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_kept_unless_forced(checkpoint, tmp_path):
