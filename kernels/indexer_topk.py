@@ -31,7 +31,7 @@ from megatron_clsa.kernels.topk_guess import (
 from megatron_clsa.kernels.topk_recover import recover
 
 ROWS_PER_CHUNK = 32768  # bounds the scratch: 1.1 GiB of candidates at k 2048, sk / 4 B of samples a row
-BLOCK_ROWS, BLOCK_KEYS, STAGES = 64, 64, 4
+STAGES = 4
 CHOOSE_BLOCK = 1024
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_K = 8192
@@ -49,6 +49,11 @@ def _on_hopper(q_idx: Tensor) -> bool:
     return torch.cuda.get_device_capability(q_idx.device) == (9, 0)
 
 
+def exact_tile(dtype: torch.dtype) -> int:
+    """Rows, and keys, of a tile of exact scores: fp32 dots are unrolled, 64 x 64 x 256 into 2 MB of PTX."""
+    return 32 if dtype == torch.float32 else 64
+
+
 def sample_tile(dtype: torch.dtype) -> int:
     """Rows, and keys, of a tile of the sample: fp32 operands of 128 x 256 exceed an SM's shared memory."""
     return 64 if dtype == torch.float32 else 128
@@ -58,16 +63,17 @@ def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, r
     """Fill `index[:, row0 : row0 + chunk]`."""
     (b, sq, di), sk, k = q_idx.shape, k_idx.shape[1], index.shape[2]
     capacity, columns = min(candidate_capacity(k), triton.next_power_of_2(sk)), sk // STRIDE
-    slots, tiles = capacity + BLOCK_KEYS + 16, triton.cdiv(chunk, BLOCK_ROWS)
+    exact = exact_tile(q_idx.dtype)
+    slots, tiles = capacity + exact + 16, triton.cdiv(chunk, exact)
     new = {"device": q_idx.device}
     bound = torch.empty(b, chunk, dtype=torch.float32, **new)
     width = triton.cdiv(columns, 8) * 8
     samples = torch.empty(b, chunk, width if sk > capacity else 0, dtype=torch.bfloat16, **new)
-    buffer = torch.empty(b, tiles * BLOCK_ROWS, slots, dtype=torch.int64, **new)
+    buffer = torch.empty(b, tiles * exact, slots, dtype=torch.int64, **new)
     count, failed = (torch.empty(b, chunk, dtype=torch.int32, **new) for _ in range(2))
     precision = "ieee" if q_idx.dtype == torch.float32 else "tf32"
     vectors = {"DI": di, "D": max(16, triton.next_power_of_2(di)), "PRECISION": precision}
-    tile = {"BM": BLOCK_ROWS, "BN": BLOCK_KEYS, "num_warps": BLOCK_ROWS // 16}
+    tile = {"BM": exact, "BN": exact, "num_warps": 4}
     if sk > capacity:
         side = sample_tile(q_idx.dtype)
         grid = (triton.cdiv(columns, side), triton.cdiv(chunk, side), b)
@@ -84,8 +90,7 @@ def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, r
     streamed = (q_idx, k_idx, rows.start, rows.end, bound, buffer, count, row0, chunk, sq, sk, k)
     if _on_hopper(q_idx):
         collect_hopper[(tiles, b)](
-            *streamed, CAPACITY=capacity, SLOTS=slots, D=di, BM=BLOCK_ROWS, BN=BLOCK_KEYS, STAGES=STAGES,
-            num_warps=BLOCK_ROWS // 16,
+            *streamed, CAPACITY=capacity, SLOTS=slots, D=di, STAGES=STAGES, **tile
         )  # fmt: skip
     else:
         collect[(tiles, b)](
@@ -93,7 +98,7 @@ def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, r
             NATIVE=q_idx.is_cuda, **tile, **vectors,
         )  # fmt: skip
     choose[(chunk, b)](
-        buffer, count, bound, rows.start, rows.end, index, failed, row0, chunk, tiles * BLOCK_ROWS, sq, sk, k,
+        buffer, count, bound, rows.start, rows.end, index, failed, row0, chunk, tiles * exact, sq, sk, k,
         CAPACITY=capacity, SLOTS=slots, BLOCK=min(CHOOSE_BLOCK, capacity), NATIVE=q_idx.is_cuda,
         num_warps=max(4, capacity // 1024),
     )  # fmt: skip
@@ -108,7 +113,8 @@ def _topk_index(q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor, k: int
     q_idx, k_idx = q_idx.contiguous(), k_idx.contiguous()
     rows = RowRange(start.contiguous(), end.contiguous())
     index = torch.empty(b, sq, k, dtype=torch.int32, device=q_idx.device)
-    step = max(BLOCK_ROWS, chunk_rows // max(b, 1) // BLOCK_ROWS * BLOCK_ROWS)
+    exact = exact_tile(q_idx.dtype)
+    step = max(exact, chunk_rows // max(b, 1) // exact * exact)
     for row0 in range(0, sq if b and k else 0, step):
         _launch_chunk(q_idx, k_idx, rows, index, row0, min(step, sq - row0))
     return index

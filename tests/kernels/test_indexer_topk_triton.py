@@ -205,10 +205,9 @@ def test_capacity_leaves_room_for_the_expected_candidates():
 @pytest.mark.parametrize("dtype", indexer_topk.SUPPORTED)
 def test_tiles_of_the_longest_vectors_fit_shared_memory(dtype):
     """Both operands of a product lie in shared memory; a block of an H100 may have 227 KiB."""
-    block = indexer_topk.BLOCK_ROWS + indexer_topk.BLOCK_KEYS
     stages = 1 if dtype == torch.float32 else indexer_topk.STAGES
-    streamed = indexer_topk.BLOCK_ROWS + stages * indexer_topk.BLOCK_KEYS
-    for vectors in (2 * indexer_topk.sample_tile(dtype), block, streamed):
+    streamed = (1 + stages) * indexer_topk.exact_tile(dtype)
+    for vectors in (2 * indexer_topk.sample_tile(dtype), streamed):
         assert vectors * 256 * dtype.itemsize <= 227 * 1024
 
 
