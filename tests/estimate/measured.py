@@ -1,13 +1,9 @@
 """What a small run really costs on gloo ranks: parameters, bytes received, activations, FLOPs."""
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
-from layouts import MICRO, NUM_MICRO, SEQ, VOCAB, Case, Layout, _loss, batches, build
+from layouts import MICRO, NUM_MICRO, SEQ, VOCAB, Case, Layout, batches, build, run_batch
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,38 +52,12 @@ class ReceivedBytes(TorchDispatchMode):
         self.by_group[place] = self.by_group.get(place, 0) + size
 
 
-def _step(layout: Layout, case: Case, models) -> None:
-    config = models[0].module.config
-    config.finalize_model_grads_func = finalize_model_grads
-
-    def forward_step(iterator, model):
-        batch = next(iterator)
-        mode = ForwardMode.from_config(config, training=True)
-        output = model(
-            batch["tokens"], batch["position_ids"], batch["labels"], loss_mask=batch["loss_mask"], mode=mode
-        )
-        return output, partial(_loss, batch, mode)
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[batches(case) for _ in models] if layout.vpp else batches(case),
-        model=models if layout.vpp else models[0],
-        num_microbatches=NUM_MICRO // layout.dp,
-        seq_length=SEQ,
-        micro_batch_size=MICRO,
-        forward_only=False,
-    )
-
-
 def costs_of(layout: Layout, case: Case) -> dict:
     """Of this rank: its parameters and the bytes that it received over each link in one step."""
     models = build(layout, case)
     config = models[0].module.config
-    for model in models:
-        model.zero_grad_buffer()
-        model.train()
     with ReceivedBytes() as received:
-        _step(layout, case, models)
+        run_batch(layout, case, models)
     places = {
         "TP": [parallel_state.get_tensor_model_parallel_group().group_name],
         "CP": [parallel_state.get_context_parallel_group().group_name],
