@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
 def _show(row: dict) -> None:
     peer = f"{row['peer']} {row['peer_value']}  ratio {row['ratio']}" if row["peer"] else "no peer"
     memory = f"  peak {row['peak_memory_mib']} MiB" if row["peak_memory_mib"] is not None else ""
-    print(f"{row['metric']}  {row['value']}  ({peer}; ceiling {row['ceiling']}){memory}", flush=True)
+    alone = f"  alone {row['alone']}" if "alone" in row else ""
+    print(f"{row['metric']}  {row['value']}  ({peer}; ceiling {row['ceiling']}){alone}{memory}", flush=True)
 
 
 def _command(args) -> str:

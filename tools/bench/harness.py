@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 TENSOR_FLOPS = 989e12  # bf16 tensor cores of an H100, dense
+SPIN_CYCLES = 10_000_000  # about 6 ms: more than the host needs to launch any call
 HBM_BYTES = 3.0e12  # copy measured on an H100 80GB, docs/kernels.md
 
 
@@ -32,7 +33,8 @@ class Comparison:
     """One kernel call and the calls that it is held against, on the same tensors.
 
     Attributes:
-        metric: name of the row, as `indexer_topk_128k_ms`; the unit is its last word.
+        metric: name of the row, as `indexer_topk_128k_ms`; the unit is its last word, `ms`, or `mib` for
+            peak memory instead of time.
         shape: what was timed, as `s 131072, k 2048, d_idx 128, bf16`.
         ours: the call to time; what it returns is dropped.
         peers: name to call; a call that raises is reported and left out.
@@ -75,12 +77,15 @@ def length_name(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
-def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+def _milliseconds(call: Callable[[], object], device: torch.device, busy: bool = True) -> float:
+    """Time of one call; on a `busy` GPU, as in a training step: earlier work hides the host's launches."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - start)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if busy:
+        torch.cuda._sleep(SPIN_CYCLES)
     begin.record()
     call()
     end.record()
@@ -100,6 +105,11 @@ def time_together(calls: dict[str, Callable], device: torch.device, seconds: flo
         for name, call in calls.items():
             times[name].append(_milliseconds(call, device))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_alone(call: Callable, device: torch.device) -> float:
+    """Median milliseconds of a call that an idle GPU waits for: the host's launches count."""
+    return statistics.median(_milliseconds(call, device, busy=False) for _ in range(5))
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
@@ -135,11 +145,14 @@ def measure(case: Comparison, settings: Settings, command: str) -> list[dict]:
     if case.check:
         case.check()
     memory = peak_mib(case.ours, settings.device)
+    if case.metric.endswith("_mib"):
+        return [_memory_row(case, memory, settings, command)]
     peers = _usable(case.peers)
     times = time_together({"": case.ours} | peers, settings.device, settings.seconds)
     common = {
         "metric": case.metric,
         "value": round(times[""], 4),
+        "alone": round(time_alone(case.ours, settings.device), 4),
         "unit": case.metric.rsplit("_", 1)[-1],
         "shape": case.shape,
         "machine": machine(settings.device),
@@ -153,6 +166,23 @@ def measure(case: Comparison, settings: Settings, command: str) -> list[dict]:
     }
     names = list(peers) or [None]
     return [common | _against(name, times.get(name), times[""]) for name in names]
+
+
+def _memory_row(case: Comparison, memory: float | None, settings: Settings, command: str) -> dict:
+    """A row whose figure is peak memory; its ceiling is what the call returns."""
+    return {
+        "metric": case.metric,
+        "value": memory,
+        "unit": "mib",
+        "shape": case.shape,
+        "machine": machine(settings.device),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+        "ceiling": round(case.bytes / 2**20, 1),
+        "bytes": case.bytes,
+        "peak_memory_mib": memory,
+        **case.extra,
+    } | _against(None, None, 0.0)
 
 
 def _against(peer: str | None, peer_ms: float | None, ours_ms: float) -> dict:
