@@ -1,4 +1,4 @@
-"""A frozen dense teacher: any causal LM folder that transformers loads, with weights spread over ranks.
+"""A frozen dense teacher: any causal LM folder that transformers loads, spread over ranks or tensor-parallel.
 
 Owns loading, sharding and one sequence's targets. Who runs which sequence is training/teacher_supply.py's.
 """
@@ -21,7 +21,8 @@ class TeacherSpec:
     Attributes:
         folder: Hugging Face folder.
         dtype: a key of `DTYPES`.
-        shards: ranks that share one copy of the layers' weights.
+        shards: ranks that share one copy of the layers' weights and gather a layer when it runs.
+        tensor_parallel: ranks that split heads, MLP and vocabulary and run each other's sequences together.
         vocabulary: tokens of the tokenizer; whatever the teacher's padding says is ignored.
         top_k: tokens kept for a row.
         temperature: of its distribution.
@@ -35,6 +36,7 @@ class TeacherSpec:
     top_k: int
     temperature: float
     layers: tuple[int, ...] = ()
+    tensor_parallel: int = 1
 
 
 class Teacher:
@@ -46,20 +48,30 @@ class Teacher:
         self.spec, self.device = spec, device
         model = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=DTYPES[spec.dtype])
         self.model = model.eval().requires_grad_(False)
-        group = _shard_group(spec.shards)
-        if group is not None:
-            _shard(self.model.base_model.layers, group, torch.device(device).type)
+        kind = torch.device(device).type
+        self.tp_group = _group_of_neighbours(spec.tensor_parallel)
+        if (group := _group_of_neighbours(spec.shards)) is not None:
+            _shard(self.model.base_model.layers, group, kind)
+        if self.tp_group is not None:
+            _split(self.model, self.tp_group, kind)
         self.model.to(device)
 
     @torch.no_grad()
     def targets(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of one sequence `[s]`, with positions that restart at each document.
 
-        The ranks that share the weights must call this together.
+        The ranks that share the weights must call this together, with sequences of one length.
+        Tensor-parallel ranks run the sequence of each of them in turn, and each returns its own.
 
         Returns:
             ids `[s, K]` int32, log probabilities `[s, K]` fp32, states `[s, layers, H]` (no layers: empty).
         """
+        if self.tp_group is None:
+            return self._run(tokens, position_ids)
+        everyones = gather_ranks(torch.stack([tokens, position_ids]), self.tp_group)
+        return [self._run(*one) for one in everyones][self.tp_group.rank()]
+
+    def _run(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept: dict[int, Tensor] = {}
         layers = self.model.base_model.layers
         handles = [
@@ -81,10 +93,40 @@ class Teacher:
     def _likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         head, parts = self.model.get_output_embeddings(), []
         for rows in hidden.split(ROWS_AT_ONCE):
-            logits = head(rows)[:, : self.spec.vocabulary].float() / self.spec.temperature
-            parts.append(logits.log_softmax(-1).topk(min(self.spec.top_k, self.spec.vocabulary), dim=-1))
-        ids, values = torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
-        return ids.to(torch.int32), values
+            parts.append(likeliest(head(rows), self.spec, self.tp_group))
+        ids, log_probs = (torch.cat(part) for part in zip(*parts, strict=True))
+        return ids.to(torch.int32), log_probs
+
+
+def likeliest(logits: Tensor, spec: TeacherSpec, group=None) -> tuple[Tensor, Tensor]:
+    """Exact top k of rows: ids and log probabilities `[rows, K]`, the same on every rank of `group`.
+
+    A token among the k likeliest of all is among the k likeliest of its shard, so shards exchange only those.
+
+    Args:
+        logits: `[rows, V/tp]`, this rank's shard of the teacher's own (padded) vocabulary.
+    """
+    first = group.rank() * logits.size(-1) if group is not None else 0
+    scaled = logits[:, : max(spec.vocabulary - first, 0)].float() / spec.temperature
+    if group is None:
+        best = scaled.log_softmax(-1).topk(min(spec.top_k, spec.vocabulary), dim=-1)
+        return best.indices, best.values
+    padding = scaled.new_full((len(scaled), logits.size(-1) - scaled.size(-1)), -torch.inf)
+    scaled = torch.cat([scaled, padding], dim=-1)
+    best = scaled.topk(min(spec.top_k, scaled.size(-1)), dim=-1)
+    total = gather_ranks(scaled.logsumexp(-1), group).logsumexp(0)
+    ids, values = (
+        gather_ranks(x, group).transpose(0, 1).flatten(1) for x in (best.indices + first, best.values)
+    )
+    best = values.topk(min(spec.top_k, spec.vocabulary), dim=-1)
+    return ids.gather(-1, best.indices), best.values - total[:, None]
+
+
+def gather_ranks(x: Tensor, group) -> Tensor:
+    """`[...]` of each rank -> `[ranks, ...]`."""
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.stack(parts)
 
 
 def _keep(kept: dict[int, Tensor], number: int):
@@ -94,7 +136,7 @@ def _keep(kept: dict[int, Tensor], number: int):
     return hook
 
 
-def _shard_group(size: int):
+def _group_of_neighbours(size: int):
     """The group of `size` neighbouring ranks that this rank belongs to; None for a group of one."""
     if size == 1:
         return None
@@ -114,3 +156,17 @@ def _shard(layers, group, device_type: str) -> None:
     mesh = DeviceMesh.from_group(group, device_type)
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def _split(model, group, device_type: str) -> None:
+    """Each rank keeps its heads, its part of every MLP and of the vocabulary, by the model's own plan.
+
+    `from_pretrained` does this only for one group of the whole world, hence the step after it. Our output
+    layer stays split where the plan would gather all logits; tied embeddings stay whole on every rank.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    model.tp_plan = {**model.tp_plan, head: "colwise"}
+    apply_tensor_parallelism(model, DeviceMesh.from_group(group, device_type))

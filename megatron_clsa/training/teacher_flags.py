@@ -11,6 +11,9 @@ from pathlib import Path
 from megatron_clsa.distill.teacher import DTYPES, TeacherSpec
 from megatron_clsa.errors import UserError
 
+SIZES = ("teacher_shards", "teacher_tensor_parallel_size")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
 
 def add_teacher_group(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("teacher", "A frozen dense model to learn from (docs/teacher.md).")
@@ -58,6 +61,13 @@ def add_teacher_group(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Ranks that share one copy of the teacher's layers, whatever the student's sizes. Default: 1.",
     )
+    group.add_argument(
+        "--teacher-tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Ranks that split the teacher's heads and vocabulary, whatever the student's. Default: 1.",
+    )
     group.add_argument("--teacher-dtype", choices=tuple(DTYPES), default="bf16", help="Default: bf16.")
 
 
@@ -85,6 +95,7 @@ class TeacherSettings:
             args.teacher_top_k,
             args.teacher_temperature,
             tuple(pairs.values()),
+            args.teacher_tensor_parallel_size,
         )
         return TeacherSettings(
             spec, args.teacher_loss_coeff, args.lm_loss_coeff, args.teacher_hidden_coeff, pairs
@@ -121,6 +132,10 @@ def check_teacher(args) -> None:
             )
         return
     config = _teacher_config(Path(args.teacher))
+    if not any(any(Path(args.teacher).glob(pattern)) for pattern in WEIGHTS):
+        raise UserError(f"--teacher {args.teacher} holds no weights (*.safetensors); give a complete folder")
+    if args.teacher_tensor_parallel_size > 1:
+        _check_tensor_parallel(args, config)
     longest = config.get("max_position_embeddings")
     if longest and longest < args.seq_length:
         raise UserError(f"--teacher {args.teacher} reads {longest} tokens, --seq-length is {args.seq_length}")
@@ -144,12 +159,19 @@ def _check_values(args) -> None:
     for name in ("teacher_loss_coeff", "lm_loss_coeff", "teacher_hidden_coeff"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or more")
-    for name in ("teacher_temperature", "teacher_top_k", "teacher_shards"):
+    for name in ("teacher_temperature", "teacher_top_k", *SIZES):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a positive number")
-    if args.world_size % args.teacher_shards:
+    for name in SIZES:
+        size = getattr(args, name)
+        if args.world_size % size:
+            raise UserError(
+                f"--{name.replace('_', '-')} {size} does not divide {args.world_size} ranks: change one"
+            )
+    if args.teacher_shards > 1 and args.teacher_tensor_parallel_size > 1:
         raise UserError(
-            f"--teacher-shards {args.teacher_shards} does not divide {args.world_size} ranks: change one"
+            f"--teacher-shards {args.teacher_shards} with --teacher-tensor-parallel-size "
+            f"{args.teacher_tensor_parallel_size}: both split the same weights, set one of them"
         )
 
 
@@ -160,6 +182,34 @@ def _teacher_config(folder: Path) -> dict:
         raise UserError(f"--teacher {folder} has no config.json; give a Hugging Face folder") from None
     except ValueError as error:
         raise UserError(f"--teacher {folder}: its config.json is not JSON ({error})") from None
+
+
+def _check_tensor_parallel(args, config: dict) -> None:
+    from transformers import AutoConfig
+
+    size = args.teacher_tensor_parallel_size
+    heads = config.get("num_attention_heads")
+    counts = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "intermediate_size": config.get("intermediate_size"),
+        "vocab_size": config.get("vocab_size"),
+    }
+    for name, count in counts.items():
+        if count and count % size:
+            raise UserError(
+                f"--teacher-tensor-parallel-size {size} does not divide the teacher's {name} {count}: "
+                "choose a divisor, or use --teacher-shards"
+            )
+    try:
+        plan = AutoConfig.from_pretrained(args.teacher, local_files_only=True).base_model_tp_plan
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--teacher {args.teacher}: {str(error).splitlines()[0]}") from None
+    if not plan:
+        raise UserError(
+            f"--teacher-tensor-parallel-size {size}: transformers has no tensor-parallel plan for "
+            f"{config.get('model_type')}; use --teacher-shards"
+        )
 
 
 def _check_hidden(args, config: dict) -> None:

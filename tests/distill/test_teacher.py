@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_clsa.distill.teacher import Teacher, TeacherSpec
 
@@ -16,22 +16,31 @@ SIZES = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2,
 }  # fmt: skip
-KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+KINDS = {  # family -> its difference: every head its own key, one matrix for words in and out, biases
+    "llama": {"num_key_value_heads": 4},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+}
 VOCABULARY = 97  # of the tokenizer: the last three are the teacher's padding
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request, tmp_path_factory):
     torch.manual_seed(0)
-    config, kind = KINDS[request.param]
-    model = kind(config(**SIZES)).eval()
+    config = AutoConfig.for_model(request.param, **(SIZES | KINDS[request.param]))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # else a lost one would not show
+                parameter.uniform_(0.5, 1.5)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return folder, model
 
 
-def spec(folder, shards: int = 1, temperature: float = 1.0) -> TeacherSpec:
-    return TeacherSpec(Path(folder), "fp32", shards, VOCABULARY, 8, temperature, (1, 3))
+def spec(folder, shards: int = 1, temperature: float = 1.0, tp: int = 1, top_k: int = 8) -> TeacherSpec:
+    return TeacherSpec(Path(folder), "fp32", shards, VOCABULARY, top_k, temperature, (1, 3), tp)
 
 
 def packed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,3 +78,26 @@ def test_ranks_that_share_the_weights_give_their_own_sequences_targets(model, tm
         assert part * 2 == own.base_model.layers[0].mlp.up_proj.weight.numel()
         for mine, expected in zip(targets, alone.targets(*packed(rank)), strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
+
+
+def _on_split_ranks(folder: str, out: str, top_k: int):
+    rank = torch.distributed.get_rank()
+    teacher = Teacher(spec(folder, tp=2, top_k=top_k), "cpu")
+    heads = teacher.model.base_model.layers[0].self_attn.q_proj.weight.to_local().shape
+    words = teacher.model.get_output_embeddings().weight.to_local().shape
+    torch.save((teacher.targets(*packed(rank)), heads, words), f"{out}/{rank}.pt")
+
+
+@pytest.mark.parametrize("top_k", [8, 60, VOCABULARY])
+def test_tensor_parallel_ranks_find_the_exact_likeliest_tokens_and_whole_states(model, tmp_path, top_k):
+    """Sixty tokens are more than one shard of fifty holds; the second shard ends in padding."""
+    folder, _ = model
+    run_ranks(2, _on_split_ranks, str(folder), str(tmp_path), top_k)
+    alone = Teacher(spec(folder, top_k=top_k), "cpu")
+    for rank in range(2):
+        (ids, log_probs, states), heads, words = torch.load(tmp_path / f"{rank}.pt")
+        assert (heads, words) == ((16, 32), (50, 32))
+        expected_ids, expected, expected_states = alone.targets(*packed(rank))
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(states, expected_states, rtol=0, atol=1e-5)
