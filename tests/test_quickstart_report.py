@@ -41,6 +41,17 @@ def test_each_claim_fails_alone(phase, change, claim):
     assert [name for name, passed in judge(phases).items() if not passed] == [claim]
 
 
+def test_a_kl_to_the_teacher_must_fall_and_is_reported(tmp_path):
+    lines = [dict(phase="heal", valid_lm_loss=6 - n, valid_teacher_kl=kl) for n, kl in enumerate((1.0, 2.0))]
+    assert judge({"heal": lines})["teacher_kl_falls_in_heal"] is False
+    assert judge({"heal": [lines[0], lines[1] | dict(valid_teacher_kl=0.5)]})["teacher_kl_falls_in_heal"]
+    metrics, report = tmp_path / "metrics.jsonl", tmp_path / "report.json"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main(["--metrics", str(metrics), "--report", str(report)])
+    healed = json.loads(report.read_text())["phases"]["heal"]
+    assert (healed["first_valid_teacher_kl"], healed["valid_teacher_kl"]) == (1.0, 2.0)
+
+
 def test_logits_off_by_more_than_rounding_fail():
     assert not judge(evaluations(), logits_gap=2e-4)["logits_equal"]
 

@@ -25,6 +25,7 @@ PANELS = {
         ("random_coverage", "random k"),
     ),
     "distillation, nats a token": (("kd_loss", "cross-entropy, training"), ("exact_kl", "KL, validation")),
+    "KL to the teacher, nats a token": (("teacher_kl", "training"), ("valid_teacher_kl", "validation")),
     "learning rate": (("learning_rate", ""),),
     "tokens a second": (("tokens_per_second", ""),),
 }

@@ -1,10 +1,12 @@
 """What a validation pass measures beside the loss: coverage of the index, and the other attention's loss.
 
 Owns keeping a phase's validation batches, probing them and running them again with dense (or sparse)
-cross-attention. All evaluations of a phase see the same batches, the first before its first step, so that
-two losses differ by the training, or the attention, alone. What a figure means: distill/probe.py.
+cross-attention, and for the KL to a teacher. All evaluations of a phase see the same batches, the first
+before its first step, so that two losses differ by the training, or the attention, alone. What a figure
+means: distill/probe.py.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,6 +28,7 @@ from megatron_clsa.data.provider import get_batch
 from megatron_clsa.distill.probe import AttentionProbe
 from megatron_clsa.model.forward_mode import ForwardMode
 from megatron_clsa.training.metrics import MetricsFile, PhasePosition
+from megatron_clsa.training.teacher_supply import TeacherSupply
 
 PROBED_ROWS = 16  # sampled positions a sequence; a probe holds [b, rows, s] sums
 
@@ -42,10 +45,20 @@ def run_stage(model, batch: dict, mode: ForwardMode) -> Tensor:
 
 
 class Evaluation:
-    """Collects one evaluation at a time and appends its line to the metrics file."""
+    """Collects one evaluation at a time and appends its line to the metrics file.
 
-    def __init__(self, config: CLSAConfig, file: MetricsFile, position: PhasePosition):
-        self.config, self.file, self.position = config, file, position
+    Args:
+        supply: of the phase's teacher; None without one.
+    """
+
+    def __init__(
+        self,
+        config: CLSAConfig,
+        file: MetricsFile,
+        position: PhasePosition,
+        supply: TeacherSupply | None = None,
+    ):
+        self.config, self.file, self.position, self.supply = config, file, position, supply
         self.last: dict[
             str, float
         ] = {}  # figures of the newest evaluation, the same on every rank but the losses
@@ -80,9 +93,11 @@ class Evaluation:
         return self.probes[microbatch]
 
     def _forward(self, batch: dict, model, mode: ForwardMode):
-        return run_stage(model, batch, mode), partial(self._loss, batch["loss_mask"])
+        return run_stage(model, batch, mode), partial(self._loss, batch["loss_mask"], mode)
 
-    def _loss(self, loss_mask: Tensor, losses: Tensor):
+    def _loss(self, loss_mask: Tensor, mode: ForwardMode, losses: Tensor):
+        """Adds to the totals the language-model loss, or the KL where a teacher's targets were given."""
+        losses = losses if mode.teacher is None else mode.report.teacher_kl
         total, count = (losses.float() * loss_mask).sum(), loss_mask.sum()
         self.totals += torch.stack([total, count]).double().cpu()
         return total, count.to(torch.int), {"lm loss": torch.stack([total, count.float()])}
@@ -93,6 +108,8 @@ class Evaluation:
         groups = get_attr_wrapped_model(model[0], "pg_collection")
         figures = {"valid_lm_loss": self._mean_loss(groups)}
         figures |= self._losses_by_attention(model, groups, figures["valid_lm_loss"])
+        if self.supply is not None:
+            figures["valid_teacher_kl"] = self._teacher_kl(model, groups)
         parts = [probe.finish() for probe in self.probes]
         figures |= {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
         self.last = figures
@@ -113,21 +130,41 @@ class Evaluation:
         if not self.config.needs_index_projection:
             return {}
         other = "sparse" if self.config.cross_attention == "dense" else "dense"
-        self._replay(model, ForwardMode(other))
+        self._replay(model, self._kept(model), lambda batch: ForwardMode(other))
         return {
             f"valid_lm_loss_{self.config.cross_attention}": own,
             f"valid_lm_loss_{other}": self._mean_loss(groups),
         }
 
-    def _replay(self, model: list, mode: ForwardMode) -> None:
-        """The kept batches once more, through the same pipeline schedule."""
+    def _teacher_kl(self, model: list, groups) -> float | None:
+        """KL to the teacher with the phase's attention. Its targets exist for one iteration at a time."""
+        kept = self._kept(model)
+        microbatches = len(kept[0]) // get_args().eval_iters
+        for first in range(0, len(kept[0]), microbatches):
+            part = self.supply.with_targets([chunk[first : first + microbatches] for chunk in kept])
+            self._replay(model, part, self._with_teacher)
+        return self._mean_loss(groups)
+
+    def _with_teacher(self, batch: dict) -> ForwardMode:
+        return ForwardMode(self.config.cross_attention, teacher=batch.get("teacher"))
+
+    def _kept(self, model: list) -> list[list[dict]]:
+        return [self.batches[get_attr_wrapped_model(chunk, "vp_stage")] for chunk in model]
+
+    def _replay(self, model: list, batches: list[list[dict]], mode_of: Callable[[dict], ForwardMode]) -> None:
+        """Batches of each model chunk once more, through the same pipeline schedule."""
         args = get_args()
-        replays = [iter(self.batches[get_attr_wrapped_model(chunk, "vp_stage")]) for chunk in model]
+        replays = [iter(part) for part in batches]
+
+        def forward_step(batches, chunk):
+            batch = next(batches)
+            return self._forward(batch, chunk, mode_of(batch))
+
         get_forward_backward_func()(
-            forward_step_func=lambda batches, chunk: self._forward(next(batches), chunk, mode),
+            forward_step_func=forward_step,
             data_iterator=replays if len(replays) > 1 else replays[0],
             model=model,
-            num_microbatches=len(next(iter(self.batches.values()))),
+            num_microbatches=len(batches[0]),
             seq_length=args.seq_length,
             micro_batch_size=args.eval_micro_batch_size,
             forward_only=True,

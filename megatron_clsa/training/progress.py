@@ -66,7 +66,7 @@ class Progress:
     def evaluation(self, record: dict) -> None:
         """An evaluation's line."""
         self.coverage = record.get("attention_coverage", self.coverage)
-        names = ("valid_lm_loss", "attention_coverage", "oracle_coverage", "exact_kl")
+        names = ("valid_lm_loss", "attention_coverage", "oracle_coverage", "exact_kl", "valid_teacher_kl")
         parts = [f"{name} {record[name]:.4f}" for name in names if record.get(name) is not None]
         print(f"evaluation at step {record['step']} {record['phase']} | {' | '.join(parts)}", flush=True)
 

@@ -14,6 +14,7 @@ from megatron_clsa.errors import UserError, one_line_errors
 COVERAGE_OF_ORACLE = 0.9  # share of the best k tokens' mass that the index must keep
 COVERAGE_OVER_BASELINE = 1.2  # "well above" a random and a most-recent-k index
 LOSS_GAP = 0.02  # sparse against dense loss on the same batches, nats a token
+TEACHER_KL = "valid_teacher_kl"  # measured in phases under a dense teacher only
 LOGITS_GAP = 1e-4  # exported fp32 logits against Megatron's
 
 
@@ -43,6 +44,11 @@ def judge(phases: dict[str, list[dict]], logits_gap: float | None = None) -> dic
         "coverage_above_recent": coverage >= COVERAGE_OVER_BASELINE * _figure(warmed, "recent_coverage"),
         "sparse_loss_near_dense": abs(_attention_gap(adapted)) <= LOSS_GAP,
     }
+    checks |= {
+        f"teacher_kl_falls_in_{name}": _falls(lines, TEACHER_KL)
+        for name, lines in dense.items()
+        if TEACHER_KL in lines[-1]
+    }
     return checks | ({} if logits_gap is None else {"logits_equal": logits_gap <= LOGITS_GAP})
 
 
@@ -55,8 +61,8 @@ def _attention_gap(record: dict) -> float:
     return _figure(record, "valid_lm_loss_sparse") - _figure(record, "valid_lm_loss_dense")
 
 
-def _falls(lines: list[dict]) -> bool:
-    return len(lines) > 1 and _figure(lines[-1], "valid_lm_loss") < _figure(lines[0], "valid_lm_loss")
+def _falls(lines: list[dict], name: str = "valid_lm_loss") -> bool:
+    return len(lines) > 1 and _figure(lines[-1], name) < _figure(lines[0], name)
 
 
 COLUMNS = {  # heading -> metric of the last evaluation
@@ -70,11 +76,13 @@ COLUMNS = {  # heading -> metric of the last evaluation
 
 def table(phases: dict[str, list[dict]]) -> str:
     """Loss and coverage by phase, one line each, from the phase's first and last evaluation."""
-    headings = ["first loss", "last loss", *COLUMNS, "sparse gap"]
+    taught = any(TEACHER_KL in line for lines in phases.values() for line in lines)
+    columns = COLUMNS | ({"teacher KL": TEACHER_KL} if taught else {})
+    headings = ["first loss", "last loss", *columns, "sparse gap"]
     rows = [f"{'phase':<14}" + "".join(f"{heading:>11}" for heading in headings)]
     for name, lines in phases.items():
         figures = [_figure(line, "valid_lm_loss") for line in (lines[0], lines[-1])]
-        figures += [_figure(lines[-1], metric) for metric in COLUMNS.values()] + [_attention_gap(lines[-1])]
+        figures += [_figure(lines[-1], metric) for metric in columns.values()] + [_attention_gap(lines[-1])]
         # In a dense phase the index is untrained: its coverage says nothing yet.
         hidden = () if "valid_lm_loss_sparse" in lines[-1] else ("coverage", "KL", "sparse gap")
         cells = [
@@ -99,7 +107,8 @@ def main(words: list[str]) -> int:
         raise UserError(f"--metrics {options.metrics}: holds no evaluation; train with --eval-iters above 0")
     checks = judge(phases, options.logits_gap)
     last = {
-        name: {"first_valid_lm_loss": lines[0]["valid_lm_loss"], **lines[-1]}
+        name: {f"first_{key}": lines[0][key] for key in ("valid_lm_loss", TEACHER_KL) if key in lines[0]}
+        | lines[-1]
         for name, lines in phases.items()
     }
     report = {

@@ -128,7 +128,6 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
     file = MetricsFile(plan.metrics, Progress(run.steps, run.args.log_interval))
     if run.args.rank == run.args.world_size - 1:
         file.truncate(run.position.at(origin.step))
-    evaluation = Evaluation(run.config, file, run.position)
     wrap_training("setup_model_and_optimizer", remember_chunks)
     wrap_training("train", evaluate_on_entry)
     wrap_training("load_checkpoint", load_moments if origin.moments else None)
@@ -139,9 +138,11 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
         set_global_variables(run.args)
         _record_architecture(run, origin)
         teacher = TeacherSettings.of(get_args(), get_tokenizer().vocab_size)
+        supply = TeacherSupply(teacher) if teacher else None
+        evaluation = Evaluation(run.config, file, run.position, supply)
         step = TrainingStep(run.config, evaluation, teacher)
         guard = Guard(GuardSettings.of(run.args), step, run.steps, bad_steps)
-        _watch(run, file, guard, TeacherSupply(teacher) if teacher else None, watchdog)
+        _watch(run, file, guard, supply, watchdog)
         _pretrain(run, step, evaluation, store)
         # A signal that came after the last step's check: the phase is complete, the run is not.
         stopped = any(get_signal_handler().signals_received())

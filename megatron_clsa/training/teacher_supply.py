@@ -20,7 +20,7 @@ from megatron_clsa.training.teacher_flags import TeacherSettings
 
 
 class TeacherSupply:
-    """Stands around Megatron's `train_step`; loads the teacher at the first one."""
+    """Stands around Megatron's `train_step`; loads the teacher when it is first asked."""
 
     def __init__(self, settings: TeacherSettings):
         self.settings = settings
@@ -29,8 +29,6 @@ class TeacherSupply:
     def __call__(
         self, train_step, forward_step, data, model, optimizer, scheduler, config, schedule, **named
     ):
-        self.teacher = self.teacher or Teacher(self.settings.spec, torch.cuda.current_device())
-
         def with_targets(*, data_iterator, model, num_microbatches, **options):
             batches = self._batches(data_iterator, model, num_microbatches)
             ready = [iter(part) for part in batches]
@@ -51,11 +49,19 @@ class TeacherSupply:
             [get_batch(iterator, stage) for _ in range(count)]
             for iterator, stage in zip(iterators, stages, strict=True)
         ]
-        targets = self._targets(_whole_sequences(batches[0]), count)
-        if mpu.is_pipeline_last_stage(ignore_virtual=True):
-            for batch, target in zip(batches[-1], targets, strict=True):
-                batch["teacher"] = target
-        return batches
+        return self.with_targets(batches)
+
+    def with_targets(self, batches: list[list[dict]]) -> list[list[dict]]:
+        """Microbatches of each model chunk, those of the last stage copied with their targets beside them.
+
+        Every rank of the world must call this with as many microbatches.
+        """
+        self.teacher = self.teacher or Teacher(self.settings.spec, torch.cuda.current_device())
+        targets = self._targets(_whole_sequences(batches[0]), len(batches[0]))
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+            return batches
+        last = [batch | {"teacher": one} for batch, one in zip(batches[-1], targets, strict=True)]
+        return [*batches[:-1], last]
 
     def _targets(self, sequences: Tensor, count: int) -> list[TeacherTargets]:
         """This rank's rows of `count` microbatches. sequences: `[2, n, s]` tokens, positions."""

@@ -2,12 +2,13 @@
 
 import json
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from runs import ROOT, distill, run, steps
+from runs import ROOT, distill, metrics, run, steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_clsa.errors import UserError
@@ -49,13 +50,21 @@ def alone(teacher, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
     result = distill(out, "--teacher", str(teacher), *HIDDEN, recipe=RECIPE)
     assert result.returncode == 0, result.stderr[-3000:]
-    return steps(out)
+    return out
 
 
 def test_the_kl_to_the_teacher_and_the_distance_fall_and_are_logged(alone):
     for name in ("teacher_kl", "hidden_loss"):
-        values = [line[name] for line in alone]
+        values = [line[name] for line in steps(alone)]
         assert len(values) == 4 and values[-1] < values[0]
+    measured = [line["valid_teacher_kl"] for line in metrics(alone) if "valid_lm_loss" in line]
+    assert len(measured) == 2 and measured[-1] < measured[0]
+
+
+def lines_of(out: Path) -> list[dict]:
+    lines = metrics(out)
+    assert sum("valid_teacher_kl" in line for line in lines) == 2
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -64,15 +73,21 @@ def test_the_kl_to_the_teacher_and_the_distance_fall_and_are_logged(alone):
         (2, ["--tensor-model-parallel-size=2", *HIDDEN]),
         (2, ["--context-parallel-size=2", "--teacher-shards=2", *HIDDEN]),
         (2, ["--teacher-shards=2", *HIDDEN]),
+        (2, ["--teacher-tensor-parallel-size=2", *HIDDEN]),
+        (2, ["--tensor-model-parallel-size=2", "--teacher-tensor-parallel-size=2", *HIDDEN]),
     ],
-    ids=["tp2", "cp2-teacher2", "dp2-teacher2"],
+    ids=["tp2", "cp2-teacher2", "dp2-teacher2", "dp2-teacher-tp2", "tp2-teacher-tp2"],
 )
 def test_every_layout_takes_the_same_steps(alone, teacher, tmp_path, ranks, flags):
     result = distill(tmp_path, "--teacher", str(teacher), *flags, ranks=ranks, recipe=RECIPE)
     assert result.returncode == 0, result.stderr[-3000:]
-    for expected, actual in zip(alone, steps(tmp_path), strict=True):
-        for name in ("lm_loss", "teacher_kl", "hidden_loss", "grad_norm"):
-            assert actual[name] == pytest.approx(expected[name], abs=1e-4), (name, actual["step"])
+    for expected, actual in zip(lines_of(alone), lines_of(tmp_path), strict=True):
+        for name in {"lm_loss", "teacher_kl", "hidden_loss", "valid_lm_loss", "valid_teacher_kl"} & set(
+            expected
+        ):
+            assert actual[name] == pytest.approx(expected[name], abs=1e-5), (name, actual["step"])
+        if "grad_norm" in expected:
+            assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4), actual["step"]
 
 
 def _tool(name: str, *words) -> None:
@@ -91,12 +106,12 @@ def _from_dense_recipe(start: Path) -> Path:
 
 
 def test_a_start_from_a_dense_model_comes_closer_to_it_on_real_text(teacher_of_bytes, tmp_path):
-    """The text is this project's own documentation; teacher and start are one dense model."""
+    """The text is of Python's standard library; teacher and start are one dense model."""
     start, prefix = tmp_path / "start", tmp_path / "data"
     sizes = ["--sliding-window", 8, "--index-topk", 16, "--index-head-dim", 8, "--memory-init", "mean"]
     _tool("from_hf.py", "--init-from", "llama", teacher_of_bytes, start, *sizes)
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", teacher_of_bytes]
-    text = (ROOT / "docs").glob("*.md")
+    text = Path(sysconfig.get_path("stdlib")).glob("[ab]*.py")
     _tool("preprocess_data.py", "--input", *text, "--output-prefix", prefix, "--workers", 1, *tokenizer)
     words = ["--pretrained-checkpoint", start, "--teacher", teacher_of_bytes, "--data-path", prefix]
     words += ["--train-iters", 40, "--teacher-temperature", 1]
@@ -104,6 +119,8 @@ def test_a_start_from_a_dense_model_comes_closer_to_it_on_real_text(teacher_of_b
     assert result.returncode == 0, result.stderr[-3000:]
     kl = [line["teacher_kl"] for line in steps(tmp_path / "out")]
     assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
+    held_out = [line["valid_teacher_kl"] for line in metrics(tmp_path / "out") if "valid_lm_loss" in line]
+    assert held_out[-1] < 0.8 * held_out[0]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +128,7 @@ def alone_without_states(teacher, tmp_path_factory):
     out = tmp_path_factory.mktemp("without_states")
     result = distill(out, "--teacher", str(teacher), recipe=RECIPE)
     assert result.returncode == 0, result.stderr[-3000:]
-    return steps(out)
+    return out
 
 
 @pytest.mark.slow
@@ -120,15 +137,16 @@ def alone_without_states(teacher, tmp_path_factory):
     [
         (4, ["--tensor-model-parallel-size=2", "--teacher-shards=4"]),
         (2, ["--num-layers-per-virtual-pipeline-stage=1", "--teacher-shards=2"]),
+        (2, ["--teacher-tensor-parallel-size=2"]),
     ],
-    ids=["tp2-pp2-teacher4", "pp2-interleaved-teacher2"],
+    ids=["tp2-pp2-teacher4", "pp2-interleaved-teacher2", "pp2-teacher-tp2"],
 )
 def test_pipeline_stages_get_their_targets(alone_without_states, teacher, tmp_path, ranks, flags):
     words = ["--teacher", str(teacher), "--pipeline-model-parallel-size=2", *flags]
     result = distill(tmp_path, *words, ranks=ranks, recipe=RECIPE)
     assert result.returncode == 0, result.stderr[-3000:]
-    for expected, actual in zip(alone_without_states, steps(tmp_path), strict=True):
-        for name in ("lm_loss", "teacher_kl", "grad_norm"):
+    for expected, actual in zip(metrics(alone_without_states), metrics(tmp_path), strict=True):
+        for name in {"lm_loss", "teacher_kl", "grad_norm", "valid_teacher_kl"} & set(expected):
             assert actual[name] == pytest.approx(expected[name], abs=1e-4), (name, actual["step"])
 
 
@@ -156,6 +174,36 @@ def test_bad_flags_are_refused_before_anything_starts(teacher, tmp_path, words, 
     words = ["--config", str(RECIPE), "--out", str(tmp_path / "out"), "--teacher", str(teacher), *words]
     with pytest.raises(UserError, match=named):
         make_plan(load_recipe(RECIPE), parse_command(words), words, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words", "named"),
+    [
+        ({}, ["--teacher-tensor-parallel-size", "3"], "3 does not divide 4 ranks"),
+        ({}, ["--teacher-tensor-parallel-size", "0"], "--teacher-tensor-parallel-size 0"),
+        ({}, ["--teacher-tensor-parallel-size", "4"], "num_key_value_heads 2"),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, [], "num_attention_heads 1"),
+        ({"vocab_size": 141}, [], "vocab_size 141"),
+        ({"intermediate_size": 47}, [], "intermediate_size 47"),
+        ({"model_type": "gpt2"}, [], "no tensor-parallel plan for gpt2"),
+        ({"model_type": "unheard-of"}, [], "unheard-of"),
+        ({}, ["--teacher-shards", "2"], "set one of them"),
+    ],
+)
+def test_teacher_sizes_that_do_not_fit_are_refused(teacher, tmp_path, sizes, words, named):
+    config = json.loads((teacher / "config.json").read_text()) | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    start = ["--teacher", str(tmp_path), "--teacher-tensor-parallel-size", "2"]
+    words = ["--config", str(RECIPE), "--out", str(tmp_path / "out"), *start, *words]
+    with pytest.raises(UserError, match=named):
+        make_plan(load_recipe(RECIPE), parse_command(words), words, 4)
+
+
+def test_a_teacher_without_weights_ends_with_one_line(teacher, tmp_path):
+    (tmp_path / "config.json").write_text((teacher / "config.json").read_text())
+    result = distill(tmp_path / "out", "--teacher", str(tmp_path), recipe=RECIPE)
+    assert result.returncode == 2 and "holds no weights" in result.stderr.strip().splitlines()[-1]
 
 
 def test_the_dense_models_recipe_heals_under_the_teacher_and_warms_up_without_it(teacher):
