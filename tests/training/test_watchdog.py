@@ -28,13 +28,14 @@ def _ranks_of(launcher: int) -> dict[int, int]:
 @pytest.mark.parametrize("stopped", [1, 0])
 def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path, stopped):
     """Rank 0 keeps the store that the others would ask."""
-    words = command(tmp_path, *LONG, "--hang-timeout", "12", ranks=2)
+    words = command(tmp_path, *LONG, "--hang-timeout", "300", ranks=2)
+    words[1] = str(Path(__file__).parent / "hung_run.py")
     run = subprocess.Popen(
         words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "metrics.jsonl").is_file() or len(steps(tmp_path)) < 2:
+        while not (tmp_path / "metrics.jsonl").is_file() or len(steps(tmp_path)) < 4:
             assert time.monotonic() < deadline and run.poll() is None, run.stderr.read()[-3000:]
             time.sleep(0.1)
         os.kill(_ranks_of(run.pid)[stopped], signal.SIGSTOP)
