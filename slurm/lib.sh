@@ -99,8 +99,10 @@ clsa_again() {
     fi
     [ "$CLSA_REQUEUE" = 1 ] || { clsa_say "not run again: CLSA_REQUEUE=$CLSA_REQUEUE" && exit "$1"; }
     clsa_say "requeue after code $1, newest checkpoint: ${now:-none}"
-    trap '' TERM
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this shell
+    trap : TERM # ends the `wait`; if it were ignored, Slurm would wait its KillWait, 30 s or more, for this shell
+    scontrol requeue "$SLURM_JOB_ID" || exit "$1"
+    sleep 600 &
+    wait
     exit "$1"
 }
 
