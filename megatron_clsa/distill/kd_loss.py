@@ -52,11 +52,15 @@ def attach_kd_loss(carrier: Tensor, kd_sum: Tensor, config) -> Tensor:
         carrier: any float tensor on the way to the loss.
         kd_sum: scalar, this stage's sum over rows of the cross-entropy (mean over layers and heads).
     """
+    return carry_loss(carrier, kd_sum, config.kd_loss_coeff, config)
+
+
+def carry_loss(main: Tensor, loss_sum: Tensor, coefficient: float, config) -> Tensor:
+    """`main`; backward through it differentiates `coefficient * loss_sum` too, a sum over own rows."""
     # Schedules divide gradients by the batch's token count, so a sum over rows needs the loss scale only.
-    scale = config.kd_loss_coeff
     if config.grad_scale_func is not None:
-        scale *= float(config.grad_scale_func(torch.ones((), device=kd_sum.device)))
-    return _CarryLoss.apply(carrier, kd_sum, scale)
+        coefficient *= float(config.grad_scale_func(torch.ones((), device=loss_sum.device)))
+    return _CarryLoss.apply(main, loss_sum, coefficient)
 
 
 def kd_share(layer_sum: Tensor, config) -> Tensor:

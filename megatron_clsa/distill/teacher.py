@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_clsa.errors import UserError
+
 ROWS_AT_ONCE = 1024  # rows whose logits over the whole vocabulary exist at a time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,12 +48,16 @@ class Teacher:
         from transformers import AutoModelForCausalLM
 
         self.spec, self.device = spec, device
-        model = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=DTYPES[spec.dtype])
+        model, report = AutoModelForCausalLM.from_pretrained(
+            spec.folder, dtype=DTYPES[spec.dtype], use_safetensors=True, output_loading_info=True
+        )
+        if report["missing_keys"]:  # transformers would go on with random numbers in their place
+            raise UserError(f"--teacher {spec.folder} lacks {min(report['missing_keys'])}: save it again")
         self.model = model.eval().requires_grad_(False)
         kind = torch.device(device).type
         self.tp_group = _group_of_neighbours(spec.tensor_parallel)
         if (group := _group_of_neighbours(spec.shards)) is not None:
-            _shard(self.model.base_model.layers, group, kind)
+            _shard(self._layers(), group, kind)
         if self.tp_group is not None:
             _split(self.model, self.tp_group, kind)
         self.model.to(device)
@@ -73,9 +79,9 @@ class Teacher:
 
     def _run(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept: dict[int, Tensor] = {}
-        layers = self.model.base_model.layers
         handles = [
-            layers[number - 1].register_forward_hook(_keep(kept, number)) for number in self.spec.layers
+            self._layers()[number - 1].register_forward_hook(_keep(kept, number))
+            for number in self.spec.layers
         ]
         try:
             # Without a mask or a cache, transformers keeps documents apart where position ids restart.
@@ -89,6 +95,11 @@ class Teacher:
         states = [kept[number][0] for number in self.spec.layers]
         empty = out.last_hidden_state.new_empty(len(tokens), 0, 0)
         return ids, log_probs, torch.stack(states, dim=1) if states else empty
+
+    def _layers(self) -> torch.nn.ModuleList:
+        """Named `layers` in most families, `h` or `blocks` in some."""
+        lists = (part for part in self.model.base_model.children() if isinstance(part, torch.nn.ModuleList))
+        return next(part for part in lists if len(part) == self.model.config.num_hidden_layers)
 
     def _likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         head, parts = self.model.get_output_embeddings(), []

@@ -130,7 +130,8 @@ class CLSAModel(LanguageModule):
 
         if self.decoder.num_self_layers:
             rotary = self.rotary_pos_emb(rows.end.size(1) * self.cp_group.size())
-            hidden = self.decoder.run_self_layers(hidden, torch.stack([rows.start, rows.end]), rotary)
+            visible = torch.stack([rows.start, rows.end])
+            hidden = self.decoder.run_self_layers(hidden, visible, rotary, mode)
         carrier = state.carrier
         if self.has_cross_layers:
             if shard is None:

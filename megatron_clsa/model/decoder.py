@@ -44,7 +44,9 @@ class CLSADecoder(MegatronModule):
                 spec.final_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
 
-    def run_self_layers(self, hidden_states: Tensor, rows: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+    def run_self_layers(
+        self, hidden_states: Tensor, rows: Tensor, rotary_pos_emb: Tensor, mode: ForwardMode
+    ) -> Tensor:
         """`[s/tp, b, H] -> [s/tp, b, H]`. rows: `[2, b, s]` visible range of each query."""
 
         def run(layers: Sequence[nn.Module], hidden_states: Tensor, rows: Tensor) -> Tensor:
@@ -52,8 +54,9 @@ class CLSADecoder(MegatronModule):
                 hidden_states, _ = layer(hidden_states, attention_mask=rows, rotary_pos_emb=rotary_pos_emb)
             return hidden_states
 
-        for layers, recompute in self._groups(self.layers[: self.num_self_layers]):
+        for layers, recompute in self._groups(self.layers[: self.num_self_layers], mode):
             hidden_states = self._call(run, layers, recompute, hidden_states, rows)
+            hidden_states = _match(mode, layers, hidden_states)
         return hidden_states
 
     def run_cross_layers(
@@ -74,19 +77,34 @@ class CLSADecoder(MegatronModule):
             return hidden_states, kd_sum
 
         tensors = memory.key, memory.value, memory.q_idx, memory.k_idx
-        for layers, recompute in self._groups(self.layers[self.num_self_layers :]):
+        for layers, recompute in self._groups(self.layers[self.num_self_layers :], mode):
             hidden_states, kd_sum = self._call(run, layers, recompute, hidden_states, kd_sum, *tensors)
+            hidden_states = _match(mode, layers, hidden_states)
         return hidden_states, kd_sum
 
-    def _groups(self, layers: Sequence[nn.Module]):
-        """Split into the groups that `--recompute-granularity full` recomputes together."""
+    def _groups(self, layers: Sequence[nn.Module], mode: ForwardMode):
+        """Split after each layer with a state to match, and into what full recompute recomputes together."""
+        matched = mode.hidden.targets if mode.hidden is not None else ()
+        groups, first = [], 0
+        for last, layer in enumerate(layers, 1):
+            if layer.layer_number in matched or last == len(layers):
+                groups += self._recomputed(layers[first:last], first)
+                first = last
+        return groups
+
+    def _recomputed(self, layers: Sequence[nn.Module], first: int):
+        """Groups of layers and whether `--recompute-granularity full` recomputes them.
+
+        Args:
+            first: layers of this stage's half before these; the block method counts them.
+        """
         config = self.config
         full = config.recompute_granularity == "full" and self.training and config.trainable != "indexer"
         if not full:
-            return [(layers, False)] if len(layers) else []
+            return [(layers, False)]
         size = config.recompute_num_layers or 1
         if config.recompute_method == "block":
-            return [([layer], number < size) for number, layer in enumerate(layers)]
+            return [([layer], number < size) for number, layer in enumerate(layers, first)]
         return [(layers[i : i + size], True) for i in range(0, len(layers), size)]
 
     def _call(self, run: Callable, layers, recompute: bool, *tensors):
@@ -114,3 +132,10 @@ class CLSADecoder(MegatronModule):
                 )
             )
         return state
+
+
+def _match(mode: ForwardMode, layers: Sequence[nn.Module], hidden_states: Tensor) -> Tensor:
+    """After a group: outside of recompute, which would add its distance twice."""
+    if mode.hidden is None:
+        return hidden_states
+    return mode.hidden.after_layer(layers[-1].layer_number, hidden_states)

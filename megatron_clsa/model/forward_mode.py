@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_clsa.config import CLSAConfig, CrossAttentionKind, KDLossKind
 
 if TYPE_CHECKING:
+    from megatron_clsa.distill.hidden_match import HiddenMatch
     from megatron_clsa.distill.logit_kd import TeacherTargets
     from megatron_clsa.distill.probe import AttentionProbe
 
@@ -38,6 +39,7 @@ class ForwardMode:
         kd_loss: support of the distillation loss, or off.
         probe: collects attention mass on sampled rows, for evaluation.
         teacher: a dense teacher's targets for these rows, on the last stage.
+        hidden: its states to match at layers of this stage.
         report: where the last stage writes its values.
     """
 
@@ -45,14 +47,19 @@ class ForwardMode:
     kd_loss: KDLossKind = "off"
     probe: "AttentionProbe | None" = None
     teacher: "TeacherTargets | None" = None
+    hidden: "HiddenMatch | None" = None
     report: ForwardReport = field(default_factory=ForwardReport)
 
     @staticmethod
     def from_config(
-        config: CLSAConfig, training: bool, teacher: "TeacherTargets | None" = None
+        config: CLSAConfig,
+        training: bool,
+        teacher: "TeacherTargets | None" = None,
+        hidden: "HiddenMatch | None" = None,
     ) -> "ForwardMode":
         """The phase's own mode; evaluation does not pay for the distillation loss."""
-        return ForwardMode(config.cross_attention, config.kd_loss if training else "off", teacher=teacher)
+        kd_loss = config.kd_loss if training else "off"
+        return ForwardMode(config.cross_attention, kd_loss, teacher=teacher, hidden=hidden)
 
     @property
     def needs_projection(self) -> bool:

@@ -4,7 +4,6 @@ Owns no reduction over ranks or microbatches: `megatron.training` adds up what t
 and context-parallel ranks, and divides once by the token count. Evaluation is in evaluation.py.
 """
 
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.data.provider import get_batch
-from megatron_clsa.distill.logit_kd import HiddenMatch
 from megatron_clsa.model.forward_mode import ForwardMode, ForwardReport
 from megatron_clsa.training.evaluation import Evaluation, run_stage
 from megatron_clsa.training.teacher_flags import TeacherSettings
@@ -49,26 +47,19 @@ class TrainingStep:
         return total, count, figures
 
     def _with_teacher(self, batch: dict, model):
-        targets = batch.get("teacher")
-        mode = ForwardMode.from_config(self.config, training=True, teacher=targets)
-        match = nullcontext()
-        if targets is not None and targets.hidden:
-            decoder = get_attr_wrapped_model(model, "decoder")
-            match = HiddenMatch(decoder, targets.hidden, batch["loss_mask"], decoder.tp_group)
-        with match:
-            output = run_stage(model, batch, mode)
-        return output, partial(self._teacher_loss, batch["loss_mask"], mode, match)
+        """The matched hidden states join the backward pass inside the model, on any stage."""
+        mode = ForwardMode.from_config(
+            self.config, training=True, teacher=batch.get("teacher"), hidden=batch.get("hidden")
+        )
+        return run_stage(model, batch, mode), partial(self._teacher_loss, batch["loss_mask"], mode)
 
-    def _teacher_loss(self, loss_mask: Tensor, mode: ForwardMode, match, losses: Tensor):
-        """`loss_parts` with the language-model loss reweighted and the teacher's losses added."""
+    def _teacher_loss(self, loss_mask: Tensor, mode: ForwardMode, losses: Tensor):
+        """`loss_parts` with the language-model loss reweighted and the KL to the teacher added."""
         settings = self.teacher
         total, count, figures = self._loss(loss_mask, mode.report, losses)
         kl = (mode.report.teacher_kl * loss_mask).sum()
         figures["teacher_kl"] = torch.stack([kl.detach(), count.float()])
         total = settings.lm_coeff * total + settings.loss_coeff * settings.spec.temperature**2 * kl
-        if isinstance(match, HiddenMatch):
-            figures["hidden_loss"] = torch.stack([match.reported(), count.float()])
-            total = total + settings.hidden_coeff * match.loss_sum
         return total, count, figures
 
 

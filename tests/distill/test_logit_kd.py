@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_clsa.distill.logit_kd import TeacherTargets, normalised_distance, teacher_kl
+from megatron_clsa.distill.hidden_match import normalised_distance
+from megatron_clsa.distill.logit_kd import TeacherTargets, teacher_kl
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "parallel"))
 from ranks import run_ranks

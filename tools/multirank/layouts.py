@@ -262,7 +262,7 @@ def step(layout: Layout, case: Case, weights: str, grads: str) -> dict:
     load_weights(models, weights)
     with recorded_index() as (made, used):
         reports = run_batch(layout, case, models)
-    _save_gradients(models, grads)
+    save_gradients(models, grads)
     tp, cp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
     whole = [gather_sequence(gather_rows(index.transpose(0, 1).contiguous(), tp), cp) for index in made]
     return {
@@ -278,7 +278,8 @@ def digest(index) -> str:
     return hashlib.sha256(index.contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _save_gradients(models, folder: str) -> None:
+def save_gradients(models, folder: str) -> None:
+    """Every parameter's, under its name in a checkpoint."""
     state = sharded(models)
     for entry in nested_values(state):
         data = getattr(entry, "data", None)
