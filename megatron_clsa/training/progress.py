@@ -78,6 +78,7 @@ class Progress:
             f"{record['phase']} {record['phase_step']}/{self.total_steps}",
             _figure("loss", record["lm_loss"], ".4f"),
             _figure("KD", record["kd_loss"], ".4f") if record["kd_loss"] else None,
+            _figure("teacher KL", record["teacher_kl"], ".4f") if record.get("teacher_kl") else None,
             _figure("coverage", self.coverage, ".3f") if self.coverage is not None else None,
             _figure("grad norm", record["grad_norm"], ".3f"),
             f"{record['tokens_per_second']:,.0f} tokens/s",

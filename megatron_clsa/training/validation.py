@@ -20,7 +20,7 @@ from megatron_clsa.config import CLSAConfig
 from megatron_clsa.data.tokenizer import load_tokenizer
 from megatron_clsa.data.validation import validate_data_arguments
 from megatron_clsa.errors import UserError
-from megatron_clsa.training.teacher_flags import check_teacher, check_teacher_vocabulary
+from megatron_clsa.training.teacher_checks import check_teacher, check_teacher_vocabulary
 
 REQUIRED = (
     "num_layers",
