@@ -1,4 +1,4 @@
-"""Hold every combination of TP, PP, CP and DP of a host's ranks to one process; see --help.
+"""Hold every combination of TP, PP, CP and DP of a host's ranks to one process on the CPU; see --help.
 
 Owns the command line and the table. NCCL and bf16 where each rank has a GPU, gloo and fp32 otherwise.
 
@@ -18,17 +18,19 @@ import torch
 import megatron_clsa.parallel.cpu  # noqa: F401
 from megatron_clsa.errors import UserError, one_line_errors
 
-RANKS = (2, 4, 8)
+RANKS = (1, 2, 4, 8)
+IMPLS = ["local", "transformer_engine"]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, help="2, 4 or 8; under torchrun its own number")
+    parser.add_argument("--ranks", type=int, help="1, 2, 4 or 8; under torchrun its own number")
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="as tp2_cp2 or pp2_vpp2_dp2 (all)")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="of dense, sparse, warmup (all)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 on GPUs, fp32 otherwise")
+    parser.add_argument("--impl", choices=IMPLS, help="transformer_engine where it can be used, else local")
     parser.add_argument("--no-resume", action="store_true", help="leave out resume and reshard")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     return parser
@@ -46,7 +48,7 @@ def _world(asked: int | None) -> int:
         raise UserError(f"--ranks {asked} differs from torchrun's {started} ranks; leave it out")
     world = int(started or asked or 0)
     if world not in RANKS:
-        raise UserError(f"--ranks {world or 'is missing'}: choose 2, 4 or 8, or start with torchrun")
+        raise UserError(f"--ranks {world or 'is missing'}: choose 1, 2, 4 or 8, or start with torchrun")
     if torch.cuda.is_available() and torch.cuda.device_count() < world:
         raise UserError(
             f"--ranks {world} needs as many GPUs, here are {torch.cuda.device_count()}; ask for fewer, or "
@@ -55,30 +57,40 @@ def _world(asked: int | None) -> int:
     return world
 
 
+def _impl(asked: str | None) -> str:
+    from megatron_clsa.training.arguments import have_transformer_engine
+
+    usable = torch.cuda.is_available() and have_transformer_engine()
+    if asked == "transformer_engine" and not usable:
+        raise UserError("--impl transformer_engine needs a GPU and Transformer Engine; leave the flag out")
+    return asked or IMPLS[usable]
+
+
 def _finish(rows: list[dict], path: str | None, setting: dict) -> None:
     passed = sum(row["ok"] for row in rows)
-    print(
-        f"{passed} of {len(rows)} rows equal one process;",
-        *(f"{k} {v}," for k, v in setting.items()),
-        end=" ",
-    )
+    words = ", ".join(f"{key} {value}" for key, value in setting.items())
+    print(f"{passed} of {len(rows)} rows equal one process; {words}")
     if path:
         with open(path, "w") as file:
             json.dump(setting | {"rows": rows}, file, indent=1)
 
 
+TABLE = "{:<5}{:<16} {:<24} {:>8} {:>8}  {:>8} {:>8}  {}"
+
+
+def _head() -> None:
+    """Errors are relative, each beside its limit."""
+    print(TABLE.format("", "layout", "case", "loss", "limit", "gradient", "limit", "index"), flush=True)
+
+
 def _show(row: dict) -> None:
+    verdict = "ok" if row["ok"] else "FAIL"
     if "error" in row:
-        print(f"FAIL {row['layout']:<16} {row['error']}", flush=True)
+        print(f"{verdict:<5}{row['layout']:<16} {row['case']:<24} {row['error']}", flush=True)
         return
-    gradient = (
-        f"gradient {row['gradient_error']:.1e} <= {row['gradient_limit']:.1e}  index {row['index']}"
-        if "gradient_error" in row
-        else ""
-    )
-    verdict = "ok  " if row["ok"] else "FAIL"
-    loss = f"loss {row['loss_error']:.1e} <= {row['loss_limit']:.1e}"
-    print(f"{verdict} {row['layout']:<16} {row['case']:<24} {loss}  {gradient}", flush=True)
+    keys = "loss_error", "loss_limit", "gradient_error", "gradient_limit"
+    figures = [f"{row[key]:.1e}" if key in row else "-" for key in keys]
+    print(TABLE.format(verdict, row["layout"], row["case"], *figures, row.get("index", "-")), flush=True)
 
 
 def _rows(ranks, layouts, cases, folder: str, resume: bool):
@@ -103,21 +115,26 @@ def main(arguments: list[str] | None = None) -> int:
 
     known = check.layouts_of(world)
     layouts = {name: known[name] for name in _chosen("--layouts", args.layouts, list(known))}
-    dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
-    cases = check.cases_of(world, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    on_gpu, impl = torch.cuda.is_available(), _impl(args.impl)
+    dtype = args.dtype or ("bf16" if on_gpu else "fp32")
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    cases = check.cases_of(world, torch_dtype, impl, check.SMALL if on_gpu else check.TINY)
     names = _chosen("--cases", args.cases, [case.name for case in cases])
     cases = [case for case in cases if case.name in names]
     if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
         raise UserError(f"--json {args.json}: its folder does not exist; make it first")
     ranks, started, rows = ranks_of(world), time.monotonic(), []
+    if ranks.chief:
+        _head()
     with tempfile.TemporaryDirectory() as own:
         for row in _rows(ranks, layouts, cases, ranks.shared_folder(own), not args.no_resume):
             rows.append(row)
             if ranks.chief:
                 _show(row)
+        ranks.close()
     if ranks.chief:
-        _finish(rows, args.json, {"ranks": world, "backend": ranks.backend, "dtype": dtype})
-        print(f"{time.monotonic() - started:.0f} s")
+        setting = {"ranks": world, "backend": ranks.backend, "dtype": dtype, "impl": impl}
+        _finish(rows, args.json, setting | {"seconds": round(time.monotonic() - started)})
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -9,7 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import check_parallel
+import planted
 from multirank import check
+from multirank.ranks import Spawned
 
 
 def test_layouts_hold_to_one_process_and_resume_each_other(tmp_path, capsys):
@@ -25,13 +27,36 @@ def test_layouts_hold_to_one_process_and_resume_each_other(tmp_path, capsys):
     assert rows[0]["index"] == "identical"
 
 
-def test_a_difference_is_a_failure(monkeypatch, capsys):
-    monkeypatch.setattr(check, "FLOOR", dict.fromkeys(check.FLOOR, 0.0))
-    assert check_parallel.main(["--ranks", "2", "--layouts", "cp2", "--cases", "dense", "--no-resume"]) == 1
-    assert capsys.readouterr().out.startswith("FAIL cp2")
+@pytest.mark.parametrize(
+    "error, layout, case", [("lost_halo", "cp2", "dense"), ("other_index", "cp2", "sparse")]
+)
+def test_a_planted_error_is_a_failure(error, layout, case, monkeypatch, capsys):
+    monkeypatch.setattr(check, "steps", getattr(planted, error))
+    words = ["--ranks", "2", "--layouts", layout, "--cases", case, "--no-resume"]
+    assert check_parallel.main(words) == 1
+    assert f"FAIL {layout}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("world, count", [(2, 5), (4, 14), (8, 29)])
+@pytest.mark.slow
+def test_unsummed_gradients_of_replicated_weights_are_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(check, "steps", planted.unsummed_norms)
+    words = ["--ranks", "2", "--layouts", "tp2", "--cases", "dense", "--no-resume"]
+    assert check_parallel.main(words) == 1
+    assert "FAIL tp2" in capsys.readouterr().out
+
+
+def test_a_rank_that_dies_is_a_failure_of_its_layout_only():
+    ranks = Spawned(2)
+    with pytest.raises(AssertionError, match=r"rank \d of 2 failed"):
+        ranks.everywhere(no_such_layout)
+    assert ranks.alone(len, "one") == 3
+
+
+def no_such_layout():
+    raise RuntimeError("planted")
+
+
+@pytest.mark.parametrize("world, count", [(1, 1), (2, 5), (4, 14), (8, 29)])
 def test_every_combination_that_fills_the_world_is_there(world, count):
     layouts = check.layouts_of(world)
     assert len(layouts) == count and all(layout.world == world for layout in layouts.values())

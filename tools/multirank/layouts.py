@@ -46,13 +46,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Workload:
-    """A global batch: `num_micro` microbatches of `micro` sequences of `seq` tokens, over all replicas."""
+    """A global batch: `num_micro` microbatches of `micro` sequences of `seq` tokens, over all replicas.
+
+    `impl`: what the layers are made of, "local" or "transformer_engine".
+    """
 
     seq: int = SEQ
     vocab: int = VOCAB
     micro: int = MICRO
     num_micro: int = NUM_MICRO
     dtype: torch.dtype = torch.float32
+    impl: str = "local"
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,12 @@ def build(layout: Layout, case: Case, distributed_optimizer: bool = False):
         tensor_parallel.model_parallel_cuda_manual_seed(123)
     torch.manual_seed(123)
     config = make_config(layout, case)
-    settings = CLSAModelConfig(transformer=config, vocab_size=case.work.vocab, seq_length=case.work.seq)
+    settings = CLSAModelConfig(
+        transformer=config,
+        vocab_size=case.work.vocab,
+        seq_length=case.work.seq,
+        transformer_impl=case.work.impl,
+    )
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=True
     )
