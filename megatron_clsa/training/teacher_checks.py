@@ -4,6 +4,7 @@ Owns the messages; loads no weights. The same on every rank. Flags: teacher_flag
 """
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import sentencepiece
@@ -82,6 +83,8 @@ def _flag(name: str) -> str:
 
 def _open_teacher(folder: str):
     """Its configuration as transformers reads it, with the files of its weights found whole."""
+    if find_spec("transformers") is None:
+        raise UserError(f"--teacher {folder} needs transformers: pip install 'megatron_clsa[hf]'")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from teachers import save_teacher
 
 from megatron_clsa.errors import UserError
+from megatron_clsa.training import teacher_checks
 from megatron_clsa.training.arguments import parse_command
 from megatron_clsa.training.launch import launch
 from megatron_clsa.training.plan import make_plan
@@ -80,6 +81,12 @@ FLAGS = {
 def test_a_bad_flag(name, whole_teacher, tmp_path, capsys):
     flags, named = FLAGS[name]
     assert named in _refusal(capsys, tmp_path / "out", "--teacher", whole_teacher, *flags)
+
+
+def test_a_machine_without_transformers(whole_teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(teacher_checks, "find_spec", lambda name: None)
+    line = _refusal(capsys, tmp_path / "out", "--teacher", whole_teacher)
+    assert "pip install 'megatron_clsa[hf]'" in line
 
 
 def test_flags_of_a_teacher_without_one(tmp_path, capsys):
