@@ -29,6 +29,8 @@ PANELS = {
     "learning rate": (("learning_rate", ""),),
     "tokens a second": (("tokens_per_second", ""),),
 }
+EVERY_STEP = {"lm_loss", "kd_loss", "teacher_kl", "learning_rate", "tokens_per_second"}
+NOISY = {"lm_loss", "teacher_kl", "tokens_per_second"}  # drawn smoothed, over themselves
 STYLES = ("-", "--", ":", "-.")
 SHADES = ("#eef2f7", "#ffffff")
 
@@ -88,8 +90,8 @@ def _draw(axes, title: str, metrics, runs: list[tuple[str, list[dict]]]) -> None
             if not steps:
                 continue
             label = ", ".join(part for part in (label, name if len(runs) > 1 else "") if part)
-            sparse = not {"lm_loss", "kd_loss", "learning_rate", "tokens_per_second"} & {metric}
-            if metric in ("lm_loss", "tokens_per_second"):
+            sparse = metric not in EVERY_STEP
+            if metric in NOISY:
                 axes.plot(steps, values, color=f"C{place}", linewidth=0.5, alpha=0.25)
                 values = smooth(values)
             axes.plot(
@@ -102,6 +104,15 @@ def _draw(axes, title: str, metrics, runs: list[tuple[str, list[dict]]]) -> None
     axes.grid(alpha=0.3)
 
 
+def measured_panels(runs: list[tuple[str, list[dict]]]) -> dict:
+    """The panels that have a point to show: few runs have a teacher."""
+    return {
+        title: metrics
+        for title, metrics in PANELS.items()
+        if any(series(records, metric)[0] for _, records in runs for metric, _ in metrics)
+    }
+
+
 def plot(runs: list[tuple[str, list[dict]]], out: Path) -> None:
     """Draw (name, records) of every run and write the picture; its format is `out`'s ending."""
     import matplotlib
@@ -109,8 +120,11 @@ def plot(runs: list[tuple[str, list[dict]]], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(len(PANELS), 1, figsize=(9, 13), sharex=True, layout="constrained")
-    for axes, (title, metrics) in zip(grid, PANELS.items(), strict=True):
+    panels = measured_panels(runs) or PANELS
+    size = {"figsize": (9, 2.2 * len(panels)), "layout": "constrained"}
+    figure, grid = pyplot.subplots(len(panels), 1, sharex=True, squeeze=False, **size)
+    grid = grid[:, 0]
+    for axes, (title, metrics) in zip(grid, panels.items(), strict=True):
         _draw(axes, title, metrics, runs)
     for name, low, high in phase_spans(runs[0][1]):
         grid[0].text(

@@ -46,6 +46,17 @@ def test_phases_span_their_steps_and_a_loss_that_is_off_is_not_drawn(tmp_path):
     assert TOOL["smooth"]([2.0, 2.0, 2.0]) == pytest.approx([2.0] * 3)
 
 
+def test_only_a_run_under_a_teacher_has_a_panel_of_its_kl(tmp_path):
+    alone = TOOL["read_metrics"](write_run(tmp_path / "metrics.jsonl"))
+    taught = [dict(step=7, phase="sparse") | kl for kl in (dict(teacher_kl=0.5), dict(valid_teacher_kl=0.6))]
+    panels = TOOL["measured_panels"]
+    more = panels([("taught", alone + taught)]).keys() - panels([("alone", alone)]).keys()
+    assert more == {"KL to the teacher, nats a token"}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + "".join(json.dumps(line) + "\n" for line in taught))
+    assert draw(path, out=tmp_path / "loss.png") == 0
+
+
 def test_refusals_are_one_line_and_exit_2(tmp_path, capsys):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"step": 1}\nnot JSON\n{"step": 2}\n')
