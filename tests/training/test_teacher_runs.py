@@ -99,6 +99,17 @@ def test_every_layout_takes_the_same_steps(alone, teacher, tmp_path, ranks, flag
             assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-4), actual["step"]
 
 
+@pytest.mark.slow
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(alone, teacher, tmp_path):
+    words = ["--teacher", str(teacher), *HIDDEN, "--save-interval", "2"]
+    assert distill(tmp_path, *words, "--exit-interval", "2", recipe=RECIPE).returncode == 75
+    assert len(steps(tmp_path)) == 2
+    assert distill(tmp_path, *words, recipe=RECIPE).returncode == 0
+    for expected, actual in zip(lines_of(alone), lines_of(tmp_path), strict=True):
+        for name in LOSSES & expected.keys():
+            assert actual[name] == expected[name], (name, actual["step"])
+
+
 def _tool(name: str, *words) -> None:
     done = run([sys.executable, str(ROOT / "tools" / name), *map(str, words)])
     assert done.returncode == 0, done.stderr[-3000:]
