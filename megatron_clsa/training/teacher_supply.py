@@ -4,9 +4,6 @@ Owns who runs which sequence and the exchange of the targets. The ranks of one m
 share out its sequences; all ranks of the world run equally many, because some share the teacher's weights.
 """
 
-import math
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
@@ -16,7 +13,7 @@ from torch import Tensor
 from megatron_clsa.data.provider import get_batch
 from megatron_clsa.distill.hidden_match import HiddenMatch
 from megatron_clsa.distill.logit_kd import TeacherTargets
-from megatron_clsa.distill.teacher import Teacher
+from megatron_clsa.distill.teacher import Teacher, gather_ranks
 from megatron_clsa.parallel.context import gather_sequence, local_positions
 from megatron_clsa.training.teacher_flags import TeacherSettings
 
@@ -72,54 +69,61 @@ class TeacherSupply:
         """
         self.teacher = self.teacher or Teacher(self.settings.spec, torch.cuda.current_device())
         sequences, count = _whole_sequences(batches[0]), len(batches[0])
-        ids, log_probs, states = self._run(sequences[:2])
+        layers = [self._matched_layers(chunk) for chunk in matched or ()]
+        ids, log_probs, states = self._run(sequences[:2], [layer for chunk in layers for layer in chunk])
         made = [list(part) for part in batches]
         if mpu.is_pipeline_last_stage(ignore_virtual=True):
-            targets = (
-                TeacherTargets(*one, self.settings.spec.temperature) for one in _split(count, ids, log_probs)
-            )
+            parts = zip(ids.chunk(count), log_probs.chunk(count), strict=True)
+            targets = (TeacherTargets(*part, self.settings.spec.temperature) for part in parts)
             made[-1] = [batch | {"teacher": one} for batch, one in zip(made[-1], targets, strict=True)]
+        masks = sequences[2][:, _own_rows(sequences)].chunk(count)
         for number, chunk in enumerate(matched or ()):
-            matches = self._matches(chunk, states, sequences[2], count)
+            own, states = states.split([len(layers[number]), states.size(2) - len(layers[number])], dim=2)
+            matches = self._matches(chunk, layers[number], own.chunk(count), masks)
             made[number] = [batch | {"hidden": one} for batch, one in zip(made[number], matches, strict=True)]
         return made
 
-    def _run(self, sequences: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `[2, n, s]` tokens and positions: ids, log probabilities `[n, s, K]`, states `[n, s, L, H]`."""
-        number, members, member = sequences.size(1), *_place_in_replica()
-        mine = [(member + turn * members) % number for turn in range(math.ceil(number / members))]
-        made = [self.teacher.targets(*sequences[:, n]) for n in mine]
-        return tuple(_exchange(torch.stack(part))[:number] for part in zip(*made, strict=True))
+    def _matched_layers(self, chunk) -> list[int]:
+        """Numbers (from 1) of a model chunk's layers that are in the layer map."""
+        layers = get_attr_wrapped_model(chunk, "decoder").layers
+        return [layer.layer_number for layer in layers if layer.layer_number in self.settings.layer_map]
 
-    def _matches(self, chunk, states: Tensor, mask: Tensor, count: int) -> list[HiddenMatch | None]:
-        """One a microbatch, for the matched layers of a model chunk.
+    def _run(self, sequences: Tensor, layers: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `[2, n, s]` tokens and positions this rank's rows, one sequence a rank of the replica at a time.
 
         Args:
-            states: `[n, s, L, H]`, mask: `[n, s]`, of all sequences.
+            layers: the student's, whose states to match are kept.
+        Returns:
+            ids, log probabilities `[n, s/cp, K]`, states `[n, s/cp, len(layers), H]`.
         """
-        decoder, students = get_attr_wrapped_model(chunk, "decoder"), list(self.settings.layer_map)
-        here = [layer.layer_number for layer in decoder.layers if layer.layer_number in students]
-        if not here:
-            return [None] * count
-        own = states[:, :, [students.index(number) for number in here]]
-        config = get_attr_wrapped_model(chunk, "config")
+        number, members, member = sequences.size(1), *_place_in_replica()
+        students = list(self.settings.layer_map)
+        rows, places = _own_rows(sequences), [students.index(layer) for layer in layers]
+        turns = []
+        for first in range(0, number, members):
+            made = self.teacher.targets(*sequences[:, (first + member) % number])
+            ids, log_probs, states = (_exchange(part)[:, rows] for part in made)
+            turns.append((ids, log_probs, states[:, :, places]))
+        return tuple(torch.cat(part)[:number] for part in zip(*turns, strict=True))
+
+    def _matches(self, chunk, layers: list[int], states, masks) -> list[HiddenMatch | None]:
+        """One a microbatch of a model chunk. states: `[b, s/cp, len(layers), H]` each, masks: `[b, s/cp]`."""
+        if not layers:
+            return [None] * len(masks)
+        coefficient = self.settings.hidden_coeff / len(self.settings.layer_map)
+        config, decoder = (get_attr_wrapped_model(chunk, name) for name in ("config", "decoder"))
         return [
             HiddenMatch(
-                dict(zip(here, part.unbind(2), strict=True)),
-                counted,
-                self.settings.hidden_coeff / len(students),
-                config,
-                decoder.tp_group,
+                dict(zip(layers, part.unbind(2), strict=True)), mask, coefficient, config, decoder.tp_group
             )
-            for part, counted in _split(count, own, mask)
+            for part, mask in zip(states, masks, strict=True)
         ]
 
 
-def _split(count: int, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """`[n, s, ...]` tensors to this rank's rows of each of `count` microbatches."""
+def _own_rows(sequences: Tensor) -> Tensor:
+    """`[s/cp]` positions of this context-parallel rank's rows. sequences: `[..., s]`."""
     cp = mpu.get_context_parallel_group()
-    rows = local_positions(parts[0].size(1) // cp.size(), cp, parts[0].device)
-    return zip(*(x.index_select(1, rows).chunk(count) for x in parts), strict=True)
+    return local_positions(sequences.size(-1) // cp.size(), cp, sequences.device)
 
 
 def _distance_sums(matches: list[list[HiddenMatch | None]]) -> Tensor:
@@ -158,10 +162,7 @@ def _whole_sequences(batches: list[dict]) -> Tensor:
 
 
 def _exchange(x: Tensor) -> Tensor:
-    """`[turns, ...]` of each rank of a replica -> `[turns * members, ...]` in the order of the sequences."""
-    x = x.contiguous()
+    """`[...]` of each rank of a replica -> `[members, ...]` in the order of `_place_in_replica`."""
     for group in (mpu.get_context_parallel_group(), mpu.get_model_parallel_group()):
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x, group=group)
-        x = torch.stack(parts)  # [members so far, ..., turns, ...]
-    return x.flatten(0, 1).transpose(0, 1).flatten(0, 1)
+        x = gather_ranks(x, group)
+    return x.flatten(0, 1)
