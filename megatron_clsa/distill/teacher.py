@@ -1,6 +1,7 @@
 """A frozen dense teacher: any causal LM folder that transformers loads, spread over ranks or tensor-parallel.
 
-Owns loading, sharding and one sequence's targets. Who runs which sequence is training/teacher_supply.py's.
+Owns loading and one sequence's targets. How transformers' models are taken apart and spread is
+teacher_model.py's, who runs which sequence training/teacher_supply.py's.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_clsa.distill.teacher_model import (
+    keeps_documents_apart,
+    layers_of,
+    shard_layers,
+    split_heads,
+    take_trunk,
+)
 from megatron_clsa.errors import UserError
 
 ROWS_AT_ONCE = 1024  # rows whose logits over the whole vocabulary exist at a time
@@ -57,10 +65,16 @@ class Teacher:
         kind = torch.device(device).type
         self.tp_group = _group_of_neighbours(spec.tensor_parallel)
         if (group := _group_of_neighbours(spec.shards)) is not None:
-            _shard(self._layers(), group, kind)
+            shard_layers(self.model, group, kind)
         if self.tp_group is not None:
-            _split(self.model, self.tp_group, kind)
+            split_heads(self.model, self.tp_group, kind)
         self.model.to(device)
+        self.trunk = take_trunk(self.model)
+        if not keeps_documents_apart(self.trunk, device):
+            raise UserError(
+                f"--teacher {spec.folder}: {self.model.config.model_type} lets a document see the one before "
+                "it in a sequence; use a model of another family"
+            )
 
     @torch.no_grad()
     def targets(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,14 +94,12 @@ class Teacher:
     def _run(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept: dict[int, Tensor] = {}
         handles = [
-            self._layers()[number - 1].register_forward_hook(_keep(kept, number))
+            layers_of(self.trunk)[number - 1].register_forward_hook(_keep(kept, number))
             for number in self.spec.layers
         ]
         try:
             # Without a mask or a cache, transformers keeps documents apart where position ids restart.
-            out = self.model.base_model(
-                input_ids=tokens[None], position_ids=position_ids[None], use_cache=False
-            )
+            out = self.trunk(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -96,15 +108,11 @@ class Teacher:
         empty = out.last_hidden_state.new_empty(len(tokens), 0, 0)
         return ids, log_probs, torch.stack(states, dim=1) if states else empty
 
-    def _layers(self) -> torch.nn.ModuleList:
-        """Named `layers` in most families, `h` or `blocks` in some."""
-        lists = (part for part in self.model.base_model.children() if isinstance(part, torch.nn.ModuleList))
-        return next(part for part in lists if len(part) == self.model.config.num_hidden_layers)
-
     def _likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        head, parts = self.model.get_output_embeddings(), []
+        parts = []
         for rows in hidden.split(ROWS_AT_ONCE):
-            parts.append(likeliest(head(rows), self.spec, self.tp_group))
+            logits = self.model(inputs_embeds=rows[None], use_cache=False).logits[0]
+            parts.append(likeliest(logits, self.spec, self.tp_group))
         ids, log_probs = (torch.cat(part) for part in zip(*parts, strict=True))
         return ids.to(torch.int32), log_probs
 
@@ -157,27 +165,3 @@ def _group_of_neighbours(size: int):
         group = dist.new_group(ranks)  # every rank takes part in making every group
         mine = group if dist.get_rank() in ranks else mine
     return mine
-
-
-def _shard(layers, group, device_type: str) -> None:
-    """Each rank keeps its part of a layer's weights and gathers the layer when it runs."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = DeviceMesh.from_group(group, device_type)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-
-
-def _split(model, group, device_type: str) -> None:
-    """Each rank keeps its heads, its part of every MLP and of the vocabulary, by the model's own plan.
-
-    `from_pretrained` does this only for one group of the whole world, hence the step after it. Our output
-    layer stays split where the plan would gather all logits; tied embeddings stay whole on every rank.
-    """
-    from torch.distributed.device_mesh import DeviceMesh
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    model.tp_plan = {**model.tp_plan, head: "colwise"}
-    apply_tensor_parallelism(model, DeviceMesh.from_group(group, device_type))
