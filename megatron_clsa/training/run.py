@@ -50,6 +50,7 @@ from megatron_clsa.training.progress import (
 )
 from megatron_clsa.training.recipe import load_recipe
 from megatron_clsa.training.release import free_last_phase, remember_chunks
+from megatron_clsa.training.run_lock import one_writer
 from megatron_clsa.training.step import TrainingStep
 from megatron_clsa.training.teacher_flags import TeacherSettings
 from megatron_clsa.training.teacher_supply import TeacherSupply
@@ -78,11 +79,17 @@ def run_phases(plan: RunPlan) -> int:
     wrap_save(save_durably)
     # Slurm warns with USR1 before the time limit, preemption sends TERM: save and leave on both.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    plan.checkpoints.mkdir(parents=True, exist_ok=True)
-    store = None
+    if not plan.runs:
+        return EXIT_DONE
+    store, args = launcher_store(), plan.runs[0].args
+    with one_writer(plan.out, store, args.rank, args.world_size):
+        plan.checkpoints.mkdir(parents=True, exist_ok=True)
+        return _run_in_turn(plan, store)
+
+
+def _run_in_turn(plan: RunPlan, store: dist.Store) -> int:
     for number, run in enumerate(plan.runs):
         check_gate(run, plan.state, plan.ignore_gate)
-        store = store or launcher_store()
         figures = run_phase(run, plan, dist.PrefixStore(f"phase{number}", store))
         if figures is None:
             return EXIT_SAVED
