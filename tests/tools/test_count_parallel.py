@@ -1,4 +1,4 @@
-"""tools/count_parallel.py: a full-size step's traffic equals the estimate, and an estimate that is off fails."""
+"""tools/count_parallel.py: a full-size step's traffic equals the estimate; an estimate that is off fails."""
 
 import json
 import sys
