@@ -1,7 +1,7 @@
 """A save that is complete or absent: every rank checksums what it wrote, one rank seals the whole last.
 
-Owns what happens around `dist_checkpointing.save`, and the line that a failed save ends a run with. Which
-checkpoint is loaded: checkpoint.py; what the manifest holds: convert/manifest.py.
+Owns what happens around `dist_checkpointing.save`, the look at the disk before it, and the line that a failed
+save ends a run with. Which checkpoint is loaded: checkpoint.py; what the manifest holds: convert/manifest.py.
 """
 
 import shutil
@@ -10,8 +10,12 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
 from megatron.training import get_args
+from megatron.training.async_utils import maybe_finalize_async_save
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_clsa.convert import manifest
@@ -24,6 +28,7 @@ def save_durably(
     save: Callable, state_dict: dict, folder: str, strategy=None, *, async_sharded_save=False, **named
 ):
     """Around megatron-core's `save`: the same request or result, with a manifest as its last file."""
+    check_room(state_dict, Path(folder))
     sealed = SealedSave(Path(folder))
     named["async_strategy"] = "mcore"
     request = sealed.around(save(state_dict, folder, strategy, async_sharded_save=True, **named))
@@ -31,6 +36,51 @@ def save_durably(
         return request
     request.execute_sync()
     return None
+
+
+def check_room(state_dict: dict, folder: Path) -> None:
+    """Refuse a save that the disk has no room for, before a byte of it is written.
+
+    A save that is under way is finished first: it may be the newest, and old ones go when it is complete.
+
+    Raises:
+        UserError: the same on every rank.
+    """
+    maybe_finalize_async_save(blocking=True)
+    wanted = torch.tensor(float(_size(state_dict)), dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(wanted)
+    wanted, free = int(wanted), [0]
+    if dist.get_rank() == 0:
+        free = [_free(folder)]
+    dist.broadcast_object_list(free)
+    if wanted <= free[0]:
+        return
+    if dist.get_rank() == 0:
+        folder.rmdir()  # made for this save, and empty
+    newest = next(iter(manifest.complete_steps(folder.parent)), None)
+    raise UserError(
+        f"{folder} was not written: it takes {_mib(wanted)} MiB and {_mib(free[0])} MiB are free there; "
+        f"newest complete checkpoint: {'none' if newest is None else f'step {newest}'}; make room "
+        "(--keep-last 2 keeps two), then run the same command again"
+    )
+
+
+def _size(state_dict: dict) -> int:
+    """Bytes that this rank writes: tensors, and what the format adds to each."""
+    pieces = (piece for piece in nested_values(state_dict) if isinstance(piece, ShardedBase))
+    written = [getattr(piece, "data", None) for piece in pieces if is_main_replica(piece.replica_id)]
+    return sum(_ADDED_BYTES + getattr(content, "nbytes", 0) for content in written)
+
+
+_ADDED_BYTES = 4096  # a tensor's header and its entry in the index: 2 KiB and more in a small checkpoint
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
 
 
 class SealedSave:

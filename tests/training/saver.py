@@ -36,6 +36,7 @@ def save_forever(phase: Path) -> None:
     wrap_save(durable.save_durably)
     durable.get_args = lambda: SimpleNamespace(keep_last=2, keep_every=None)
     queue = async_utils.AsyncCallsQueue()
+    durable.maybe_finalize_async_save = queue.maybe_finalize_async_calls
     step = max(manifest.steps_in(phase), default=0)
     while True:
         step += 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from runs import ENVIRONMENT, distill, metrics, steps
+from runs import ENVIRONMENT, ROOT, command, distill, metrics, run, steps
 
 from megatron_clsa.convert import manifest
 from megatron_clsa.convert.checkpoint import TorchDistReader, find_checkpoint
@@ -246,15 +246,25 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_saved(small_disk):
-    result = distill(small_disk / "run", "--phases", "dense", "--train-iters", "12", "--save-interval", "1")
+FULL = {
+    "seen ahead": ("examples/distill.py", "was not written: it takes"),
+    "while writing": ("tests/training/blind_run.py", "could not be written, 0 MiB are free"),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_saved(small_disk, case):
+    script, words = FULL[case]
+    flags = ["--phases", "dense", "--train-iters", "12", "--save-interval", "1"]
+    result = run([sys.executable, str(ROOT / script), *command(small_disk / "run", *flags)[2:]])
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2, result.stderr[-3000:]
-    assert len(said) == 1 and "could not be written, 0 MiB are free" in said[0]
+    assert len(said) == 1 and words in said[0]
     assert "Traceback" not in result.stderr
     phase = small_disk / "run" / PHASE
     newest = newest_step(phase)
     assert newest is not None and _loader(phase.parent).newest(phase) == newest
+    assert case == "while writing" or f"newest complete checkpoint: step {newest};" in said[0]
     assert len(steps(small_disk / "run")) >= newest
 
 
