@@ -63,7 +63,8 @@ def context(run: RunShape, stage: Stage) -> float:
     keys = run.rows * run.cp
     halo = c.sliding_window - 1
     if halo <= run.seq_length // (2 * run.cp):
-        windows = 2 * halo * run.micro_batch * kv * _others(run.cp)  # the ends of the line have one neighbour
+        neighbours = min(2, run.cp - 1)  # of a rank inside the line; those at its ends have one
+        windows = neighbours * halo * run.micro_batch * kv
     else:
         windows = keys * kv * _others(run.cp)
     size = stage.self_layers * windows * both

@@ -13,12 +13,15 @@ import count_parallel
 from megatron_clsa.estimate import links
 
 
-def test_the_estimate_is_what_a_full_size_step_sends(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "sizes, links_used", [("--tp 2 --cp 2", {"TP", "CP", "DP"}), ("--cp 8", {"CP", "DP"})]
+)
+def test_the_estimate_is_what_a_full_size_step_sends(sizes, links_used, tmp_path, capsys):
     out = tmp_path / "rows.json"
-    words = "--phase sparse --tp 2 --cp 2 --seq 131072 --microbatches 1 --json"
+    words = f"{sizes} --phase sparse --seq 131072 --microbatches 1 --json"
     assert count_parallel.main([*words.split(), str(out)]) == 0, capsys.readouterr().out
     rows = {row["link"]: row for row in json.loads(out.read_text())["rows"]}
-    assert rows.keys() == {"TP", "CP", "DP"}
+    assert rows.keys() == links_used
     assert rows["CP"]["operations"]["all-gather"][0] == 1  # the memory, once a microbatch
 
 

@@ -99,12 +99,15 @@ def _one_step(layout: Layout, case: Case) -> tuple[Received, object]:
 
 
 def count(layout: Layout, case: Case) -> list[tuple[Received, object]]:
-    """What the first rank of every pipeline stage receives in one step, and its config."""
+    """What a rank of every pipeline stage receives in one step, and its config.
+
+    Context-parallel rank 1, since rank 0 has no neighbour before it: TP varies fastest over ranks, then CP.
+    """
     assert layout.vpp is None, "interleaved stages exchange shapes in an order that is not pretended"
-    stages, found = Stages(), []
+    stages, found, inside = Stages(), [], layout.tp if layout.cp > 1 else 0
     for stage in range(layout.pp):
         with ExitStack() as active:
-            active.enter_context(pretended_rank(layout, stage * layout.world // layout.pp))
+            active.enter_context(pretended_rank(layout, stage * layout.world // layout.pp + inside))
             active.enter_context(stages.patch())
             for name, function in SHAPES_ONLY.items():
                 active.enter_context(mock.patch.object(dispatch, name, function))
