@@ -79,9 +79,10 @@ def select_by_kernel(
     if bounds is None:
         return None
     dispatch, rows = _kernel("dispatch"), _kernel("rows").RowRange(*bounds)
-    index = dispatch.topk_index(query.detach(), key.detach(), rows, config.index_topk)
     group = config.num_attention_heads // config.num_key_value_heads
-    return Selected(index, rows, dispatch.build_plan(index, rows, key.shape[1], group))
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        index = dispatch.topk_index(query.detach(), key.detach(), rows, config.index_topk)
+        return Selected(index, rows, dispatch.build_plan(index, rows, key.shape[1], group))
 
 
 def _fits(config: CLSAConfig, query: Tensor, memory: Tensor) -> bool:
@@ -138,9 +139,10 @@ def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *
         return run(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     chosen = attention_mask
     query, key, value = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))  # differ in autocast
-    return _kernel("dispatch").sparse_attention(
-        query, key, value, chosen.index, chosen.rows, scaling, chosen.plan
-    )
+    with torch.cuda.device_of(query):
+        return _kernel("dispatch").sparse_attention(
+            query, key, value, chosen.index, chosen.rows, scaling, chosen.plan
+        )
 
 
 def index_loss(module, query: Tensor, key: Tensor, lse: Tensor, indexer: Tensor, chosen: Selected) -> Tensor:
@@ -150,9 +152,10 @@ def index_loss(module, query: Tensor, key: Tensor, lse: Tensor, indexer: Tensor,
     """
     index_query, index_key = indexer.split([query.shape[2], key.shape[2]], dim=1)
     query, key, scale = query.transpose(1, 2), key.to(query.dtype).transpose(1, 2), indexer.shape[-1] ** -0.5
-    return _kernel("dispatch").attention_kd(
-        query, key, lse, index_query, index_key, chosen.rows, chosen.index, module.scaling, scale
-    )
+    with torch.cuda.device_of(query):
+        return _kernel("dispatch").attention_kd(
+            query, key, lse, index_query, index_key, chosen.rows, chosen.index, module.scaling, scale
+        )
 
 
 AttentionInterface.register(NAME, attention)

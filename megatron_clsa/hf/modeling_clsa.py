@@ -149,8 +149,10 @@ class CLSAModel(CLSAPreTrainedModel):
         first_row = max(0, hidden.shape[1] - keep) if keep else 0
         hidden, source = hidden[:, first_row:], source[:, first_row:]
         index_query = self.memory.indexer.query(source)
-        mask = select_by_kernel(self.config, index_query, index_key, value, seen, first_row)
-        if mask is None:
+        mask = None
+        if all(layer.input_layernorm.weight.device == hidden.device for layer in self.layers[split:]):
+            mask = select_by_kernel(self.config, index_query, index_key, value, seen, first_row)
+        if mask is None:  # masks are also what accelerate can carry from device to device
             mask = self._selected(index_query, index_key, seen, first_row)
         index = self.memory.indexer.taught(index_query, index_key, mask) if want_loss else None
         k = self.config.index_topk

@@ -151,6 +151,15 @@ def test_short_calls_keep_the_masked_path(length, calls):
     assert torch.equal(kernels(ids).logits, masks(ids).logits) and not calls
 
 
+@torch.no_grad()
+def test_layers_on_other_devices_keep_the_masked_path(calls):
+    accelerate = pytest.importorskip("accelerate")
+    kernels, masks = pair()
+    ids = tokens(LONG)
+    accelerate.cpu_offload(kernels, execution_device=torch.device("cpu"))
+    assert torch.equal(kernels(ids).logits, masks(ids).logits) and not calls
+
+
 def test_where_the_package_is_missing_it_is_not_chosen_and_asking_for_it_says_so(monkeypatch):
     def missing(name):
         raise ImportError(f"No module named {name}")
