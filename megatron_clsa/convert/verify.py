@@ -1,11 +1,16 @@
-"""Holds an exported folder to the checkpoint it came from: logits of all positions, in fp32.
+"""Holds an exported folder to the checkpoint it came from: logits of all positions and the index, in fp32.
 
 Builds the Megatron model on this machine's CPU (local spec, one rank). Owns no tolerance but its default:
 1e-4 of logits whose fp32 rounding through both models is below 1e-5.
+
+Rounding also decides which of two positions with nearly the same score is the k-th, and one other position
+moves a logit by more than that. So both models read the checkpoint's index, and the folder's own is compared
+apart: it may differ only in positions whose scores are that close to the k-th best.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,51 +20,115 @@ from torch import Tensor
 from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.checkpoint import TorchDistReader
 from megatron_clsa.errors import UserError
+from megatron_clsa.kernels import dispatch
+from megatron_clsa.kernels.rows import causal_rows
 
 TOLERANCE = 1e-4
 
 
-def verify(reader: TorchDistReader, arch: Architecture, folder: Path, tolerance: float = TOLERANCE) -> float:
-    """Largest difference of the logits of `folder` and of the checkpoint, over all positions.
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found in order.
+
+    Attributes:
+        worst: largest difference of a logit.
+        ties: selected positions that the two models' rounding decided differently.
+    """
+
+    worst: float
+    ties: int
+
+    def __str__(self) -> str:
+        text = (
+            f"verified: logits differ by at most {self.worst:.1e} (limit {TOLERANCE:.0e}) over all positions"
+        )
+        return text + (f"; {self.ties} near ties of the index fell otherwise" if self.ties else "")
+
+
+def verify(reader: TorchDistReader, arch: Architecture, folder: Path) -> Verdict:
+    """Compare `folder` with the checkpoint.
 
     The sequence is longer than window and k together: a shorter one would hide an index that selects wrongly.
 
     Raises:
-        UserError: if the difference exceeds `tolerance` or a logit is not finite.
+        UserError: if logits differ by more than `TOLERANCE`, are not finite, or the index is another one.
     """
     length = 2 * max(arch.sliding_window, arch.index_topk) + 33
     tokens = torch.randint(arch.vocab_size, (1, length), generator=torch.Generator().manual_seed(7))
-    expected = megatron_logits(reader, arch, tokens)
-    actual = hugging_face_logits(folder, tokens)
+    expected, chosen = _megatron(reader, arch, tokens)
+    actual, strangers = _hugging_face(folder, tokens, chosen)
     difference = (expected - actual).abs().amax(dim=(0, 2))
     worst = difference.max().item()
-    if not worst <= tolerance:
+    reason = "the folder was not made from this checkpoint, or a conversion rule is wrong"
+    if not worst <= TOLERANCE:
         raise UserError(
-            f"{folder.name}: logits differ from the checkpoint's by {worst:.2e}, {tolerance:.0e} is allowed, "
-            f"first at position {int((~(difference <= tolerance)).nonzero()[0])} of {length}: the folder was "
-            "not made from this checkpoint, or a conversion rule is wrong"
+            f"{folder.name}: logits differ from the checkpoint's by {worst:.2e}, {TOLERANCE:.0e} is allowed, "
+            f"first at position {int((~(difference <= TOLERANCE)).nonzero()[0])} of {length}: {reason}"
         )
-    return worst
+    if not strangers.gap <= TOLERANCE:
+        raise UserError(
+            f"{folder.name}: the index selects other positions than the checkpoint's, {strangers.gap:.1e} of a "
+            f"row's scores away where {TOLERANCE:.0e} is allowed: {reason}"
+        )
+    return Verdict(worst, strangers.count)
 
 
-def hugging_face_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """`[1, s, V]` fp32 logits as a user gets them, through the code inside the folder."""
+@dataclass(frozen=True)
+class _Strangers:
+    """Selected by the folder and not by the checkpoint: how many, and how far the worst is from the k-th."""
+
+    count: int
+    gap: float
+
+
+def _strangers(query: Tensor, key: Tensor, own: Tensor, chosen: Tensor) -> _Strangers:
+    """query, key `[1, s, di]`; own, chosen `[1, 1, s, s]` bool. Gaps are shares of a row's largest score."""
+    other = (own & ~chosen)[0, 0]
+    if not own.sum(-1).equal(chosen.sum(-1)):  # another k
+        return _Strangers(int(other.sum()), float("inf"))
+    if not other.any():
+        return _Strangers(0, 0.0)
+    score = (query.float() @ key.float().transpose(1, 2))[0]
+    largest = score.masked_fill(~(own | chosen)[0, 0], 0.0).abs().amax(-1, keepdim=True)
+    kth = score.masked_fill(~chosen[0, 0], float("inf")).amin(-1, keepdim=True)
+    gap = ((score - kth).abs() / largest)[other].max().item()
+    return _Strangers(int(other.sum()), gap)
+
+
+def _hugging_face(folder: Path, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, _Strangers]:
+    """`[1, s, V]` fp32 logits through the code inside the folder, reading the positions `chosen`."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    own_selection, found = model.model._selected, []
+
+    def given_selection(query, key, seen, first_row):
+        found.append(_strangers(query, key, own_selection(query, key, seen, first_row), chosen))
+        return chosen
+
+    model.model._selected = given_selection
     with torch.no_grad():
-        return model.eval()(tokens, use_cache=False).logits
+        return model.eval()(tokens, use_cache=False).logits, found[0]
 
 
-def megatron_logits(reader: TorchDistReader, arch: Architecture, tokens: Tensor) -> Tensor:
-    """`[1, s, V]` fp32 logits of the checkpoint's model with sparse cross-attention."""
+def _megatron(reader: TorchDistReader, arch: Architecture, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`[1, s, V]` fp32 logits of the checkpoint's model, sparse, and its index as a mask `[1, 1, s, s]`."""
+    made = []
     with _one_rank():
         model = _build(arch, padded_vocab=reader.shapes()["embedding.word_embeddings.weight"][0])
         for name, parameter in _named_by_checkpoint(model):
             parameter.copy_(reader.read(name).view(parameter.shape))
+        model.memory.indexer.register_forward_hook(lambda _, args, out: made.append(out))
         positions = torch.arange(tokens.shape[1])[None]
         with torch.no_grad():
-            return model.eval()(tokens, positions).float()[..., : arch.vocab_size]
+            logits = model.eval()(tokens, positions).float()[..., : arch.vocab_size]
+    query, key = made[0].transpose(0, 1).split(arch.index_head_dim, dim=-1)
+    index = dispatch.topk_index(query, key, causal_rows(*tokens.shape), arch.index_topk).long()
+    mask = torch.zeros(*tokens.shape, tokens.shape[1] + 1, dtype=torch.bool)
+    mask.scatter_(-1, index.masked_fill(index < 0, tokens.shape[1]), True)
+    return logits, mask[..., :-1][:, None]
 
 
 def _build(arch: Architecture, padded_vocab: int):
