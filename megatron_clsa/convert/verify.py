@@ -67,8 +67,8 @@ def verify(reader: TorchDistReader, arch: Architecture, folder: Path) -> Verdict
         )
     if not strangers.gap <= TOLERANCE:
         raise UserError(
-            f"{folder.name}: the index selects other positions than the checkpoint's, {strangers.gap:.1e} of a "
-            f"row's scores away where {TOLERANCE:.0e} is allowed: {reason}"
+            f"{folder.name}: the index selects other positions than the checkpoint's, {strangers.gap:.1e} of "
+            f"a row's scores away where {TOLERANCE:.0e} is allowed: {reason}"
         )
     return Verdict(worst, strangers.count)
 
