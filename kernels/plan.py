@@ -79,7 +79,7 @@ def build_union_plan(index: Tensor, rows: RowRange, num_keys: int, queries: int)
     index = index.contiguous()
     at_once = max(1, SCRATCH_WORDS // num_keys)
     parts = [
-        _unions(index, rows, first, last, num_keys, queries, tiles, start, min(start + at_once, b * tiles))
+        _unions(index, rows, first, last, num_keys, queries, start, min(start + at_once, b * tiles))
         for start in range(0, b * tiles, at_once)
     ]
     keys, members, counts = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -101,16 +101,10 @@ def _reach(rows: RowRange, tiles: int, queries: int, num_keys: int) -> tuple[Ten
     return first.flatten().contiguous(), last.flatten().contiguous()
 
 
-def _unions(index, rows, first, last, num_keys, queries, tiles, tile0, tile1):
+def _unions(index, rows, first, last, num_keys, queries, tile0, tile1):
     """Keys, members and padded count of each tile in `tile0 .. tile1`."""
-    sq, k = index.shape[1:]
     new = {"dtype": torch.int32, "device": index.device}
-    words = torch.zeros(tile1 - tile0, num_keys, **new)
-    counts = torch.zeros(tile1 - tile0, **new)
-    _mark[(tile1 - tile0, queries)](
-        index, rows.start.contiguous(), rows.end.contiguous(), words, counts, tile0, tiles, sq, num_keys, k,
-        T=queries, BLOCK=min(1024, max(16, triton.next_power_of_2(k))),
-    )  # fmt: skip
+    words, counts = member_words(index, rows, num_keys, queries, range(tile0, tile1), num_keys)
     padded = (counts.long() + BLOCK - 1) // BLOCK * BLOCK
     ends = padded.cumsum(0)
     total = int(ends[-1])
@@ -122,12 +116,33 @@ def _unions(index, rows, first, last, num_keys, queries, tiles, tile0, tile1):
     return keys, members, padded
 
 
+def member_words(
+    index: Tensor, rows: RowRange, num_keys: int, queries: int, which: range, width: int
+) -> tuple[Tensor, Tensor]:
+    """Words `[n, width]` int32 of the tiles `which` of `queries` queries, and `[n]` int32 keys that anyone chose.
+
+    Bit i of word j: query i of the tile selected key j. `index [b, sq, k]` is contiguous; -1, and positions
+    outside `rows`, set nothing.
+    """
+    sq, k = index.shape[1:]
+    new = {"dtype": torch.int32, "device": index.device}
+    words, counts = torch.zeros(len(which), width, **new), torch.zeros(len(which), **new)
+    _mark[(len(which), queries)](
+        index, rows.start.contiguous(), rows.end.contiguous(), words, counts, which.start, which.step,
+        triton.cdiv(sq, queries), sq, num_keys, width, k,
+        T=queries, BLOCK=min(1024, max(16, triton.next_power_of_2(k))),
+    )  # fmt: skip
+    return words, counts
+
+
 @triton.jit
-def _mark(INDEX, START, END, WORDS, COUNT, tile0, tiles, sq, sk, k, T: tl.constexpr, BLOCK: tl.constexpr):
+def _mark(
+    INDEX, START, END, WORDS, COUNT, tile0, step, tiles, sq, sk, width, k, T: tl.constexpr, BLOCK: tl.constexpr
+):
     """Set the query's bit at its keys; count the keys that had none. Integer atomics: any order will do."""
     tile = tl.program_id(0)
-    batch = (tile0 + tile) // tiles
-    query = ((tile0 + tile) % tiles) * T + tl.program_id(1)
+    batch = (tile0 + tile * step) // tiles
+    query = ((tile0 + tile * step) % tiles) * T + tl.program_id(1)
     if query < sq:
         at = batch.to(tl.int64) * sq + query
         start, end = tl.load(START + at), tl.load(END + at)
@@ -137,7 +152,7 @@ def _mark(INDEX, START, END, WORDS, COUNT, tile0, tiles, sq, sk, k, T: tl.conste
             j = tl.load(INDEX + at * k + n, mask=n < k, other=-1)
             seen = (j >= 0) & (j >= start) & (j <= end) & (j < sk)
             word = tl.full([BLOCK], 1, tl.int32) << tl.program_id(1)
-            before = tl.atomic_or(WORDS + tile.to(tl.int64) * sk + j, word, mask=seen, sem="relaxed")
+            before = tl.atomic_or(WORDS + tile.to(tl.int64) * width + j, word, mask=seen, sem="relaxed")
             found += tl.sum((seen & (before == 0)).to(tl.int32), 0)
         tl.atomic_add(COUNT + tile, found, sem="relaxed")
 

@@ -1,0 +1,71 @@
+"""Sparse attention forward over a bit mask: dense tiles, key blocks that no query of the tile selected skipped.
+
+Owns the rows of a tile and the online softmax over its live blocks (FlashAttention's recurrence). All query
+heads of a KV head are rows of one matrix: they share the mask, one word a key.
+Axes: R rows of a tile (query T, head G), of which a program takes `ROWS`; n keys of a block, d head dim.
+"""
+
+import triton
+import triton.language as tl
+
+# Running maxima begin here: below every score, finite, so that -inf minus it is -inf and never NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def part_rows(r, tile, kvh, sq, G: tl.constexpr, T: tl.constexpr):
+    """Of rows `r` of a tile: the bit in its words (0 for padding), query, head and whether the row exists.
+
+    Rows that do not exist get the last query's number: their bits are never set, so they may read it.
+    """
+    place = r // G
+    bit = tl.where(place < T, 1 << tl.minimum(place, 31), 0)
+    query = tile * T + place
+    real = (place < T) & (query < sq)
+    return bit, tl.minimum(query, sq - 1).to(tl.int64), kvh * G + r % G, real
+
+
+@triton.jit
+def masked_forward(
+    Q, K, V, WORDS, OFFSETS, ENTRIES, ORDER, OUT, LSE, scale, tiles, sq, sk, width,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    G: tl.constexpr, T: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`scale` is positive: the largest product is the largest score."""
+    tile = tl.load(ORDER + tl.program_id(0) // (R // ROWS))
+    r = tl.program_id(0) % (R // ROWS) * ROWS + tl.arange(0, ROWS)
+    kvh = tl.program_id(1)
+    heads = tl.num_programs(1) * G
+    batch = (tile // tiles).to(tl.int64)
+    bit, query, head, real = part_rows(r, tile % tiles, kvh, sq, G, T)
+    d, n = tl.arange(0, D), tl.arange(0, KEYS)
+    q = tl.load(Q + batch * q_b + (query * q_s + head * q_h)[:, None] + d[None, :])
+    base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
+    words = WORDS + tile.to(tl.int64) * width
+    highest = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    log2_scale = scale * 1.4426950408889634
+    STEPS: tl.constexpr = BLOCK // KEYS
+    first, last = tl.load(OFFSETS + tile), tl.load(OFFSETS + tile + 1)
+    for i in tl.range(0, (last - first).to(tl.int32) * STEPS, num_stages=STAGES):
+        j = tl.load(ENTRIES + first + i // STEPS) * BLOCK + i % STEPS * KEYS + n
+        word = tl.load(words + j)
+        at = tl.minimum(j, sk - 1).to(tl.int64)  # beyond the last key no bit is set
+        key = tl.load(base_k + (at * k_s)[:, None] + d[None, :])
+        score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+        score = tl.where((word[None, :] & bit[:, None]) != 0, score, float("-inf"))
+        above = tl.maximum(highest, tl.max(score, 1) * log2_scale)
+        weight = tl.exp2(score * log2_scale - above[:, None])
+        shrink = tl.exp2(highest - above)
+        total = total * shrink + tl.sum(weight, 1)
+        value = tl.load(base_v + (at * v_s)[:, None] + d[None, :])
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+        highest = above
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    to = OUT + ((batch * sq + query) * heads + head)[:, None] * D + d[None, :]
+    tl.store(to, out.to(OUT.dtype.element_ty), mask=real[:, None])
+    lse = tl.where(total > 0, (highest + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    tl.store(LSE + (batch * heads + head) * sq + query, lse, mask=real)
