@@ -7,15 +7,15 @@ h query heads, g KV heads, d head dim, k selected.
 
 from torch import Tensor
 
-from megatron_clsa.kernels import flash, indexer_kd, indexer_topk, union_attention
+from megatron_clsa.kernels import flash, indexer_kd, indexer_topk, masked_attention, union_attention
 from megatron_clsa.kernels import streaming_kd as _kd
 from megatron_clsa.kernels import window as _window
+from megatron_clsa.kernels.mask_plan import MaskPlan, build_mask_plan, mask_queries
 from megatron_clsa.kernels.plan import UnionPlan, build_union_plan, queries_of_tile
 from megatron_clsa.kernels.rows import RowRange
+from megatron_clsa.kernels.sparse_choice import UNION_ROWS, Kernel, choose
 from megatron_clsa.kernels.streaming_attention import streaming_attention
 from megatron_clsa.kernels.streaming_topk import streaming_topk
-
-ROWS_OF_TILE = 64  # measured: 128 costs more FLOPs than it saves gathers unless the index is nearly random
 
 
 def topk_index(q_idx: Tensor, k_idx: Tensor, rows: RowRange, k: int) -> Tensor:
@@ -36,14 +36,22 @@ def dense_attention(query, key, value, rows: RowRange, scale: float) -> tuple[Te
     return streaming_attention(query, key, value, rows, scale)
 
 
-def build_plan(index: Tensor, rows: RowRange, num_keys: int, group_size: int) -> UnionPlan | None:
-    """What sparse attention derives from an index, once a microbatch, for `group_size` heads a KV head.
+def build_plan(
+    index: Tensor, rows: RowRange, num_keys: int, group_size: int, kernel: Kernel = "auto"
+) -> UnionPlan | MaskPlan | None:
+    """What sparse attention derives from `index [b, sq, k]`, once a microbatch.
 
-    None where the plain-torch path serves, which needs nothing.
+    `group_size` is the query heads a KV head; `kernel` names the implementation whose plan it is, `auto`
+    takes the one that `sparse_choice` finds faster. None where the plain-torch path serves, which needs
+    nothing.
     """
     if not index.is_cuda:
         return None
-    return build_union_plan(index, rows, num_keys, queries_of_tile(group_size, ROWS_OF_TILE))
+    if kernel == "auto":
+        kernel = choose(index, rows, num_keys, group_size)
+    if kernel == "masked":
+        return build_mask_plan(index, rows, num_keys, mask_queries(group_size))
+    return build_union_plan(index, rows, num_keys, queries_of_tile(group_size, UNION_ROWS))
 
 
 def sparse_attention(
@@ -51,6 +59,8 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over `index [b, sq, k]` (-1 ignored): `(out [b, sq, h, d], lse [b, h, sq])`."""
     if plan is not None and union_attention.supported(query, key):
+        if isinstance(plan, MaskPlan):
+            return masked_attention.masked_attention(query, key, value, plan, scale)
         return union_attention.union_attention(query, key, value, plan, scale)
     return streaming_attention(query, key, value, rows, scale, index)
 

@@ -1,8 +1,8 @@
 """The plan of masked-dense tiles: a bit for every (query, key) pair, and the blocks in which any is set.
 
-Built once a microbatch from the index and used by every layer, forward and backward. Owns the bits' layout, the
-lists of live blocks and the kernel that finds them; reads no query, key or value. Memory grows with the square
-of the length: `mask_bytes` tells it.
+Built once a microbatch from the index and used by every layer, forward and backward. Owns the bits' layout,
+the lists of live blocks and the kernel that finds them; reads no query, key or value. Memory grows with the
+square of the length: `mask_bytes` tells it.
 
 Axes: b batch, t tiles of a sequence, T queries of a tile, w keys padded to whole tiles of keys.
 """

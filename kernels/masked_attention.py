@@ -89,9 +89,10 @@ def _attend_backward(
     lists = [block_offsets, block_entries, block_order, tile_offsets, tile_entries, tile_order]
     plan = _plan(words, lists, queries)
     table = launch.tilings(query.dtype, query.shape[3])
-    both = launch.statistics(query, key, out, dout, lse, dlse.contiguous(), plan)
-    dquery = launch.query_gradients(query, key, value, dout, *both, plan, scale, table.query_gradients)
-    return dquery, *launch.key_gradients(query, key, value, dout, *both, plan, scale, table.key_gradients)
+    packed = launch.pack(query, key, out, dout, lse, dlse.contiguous(), plan)
+    given = packed, key, value, plan, query.shape, scale
+    dkey, dvalue = launch.key_gradients(*given, table.key_gradients)
+    return launch.query_gradients(*given, table.query_gradients), dkey, dvalue
 
 
 @_attend_backward.register_fake

@@ -1,4 +1,4 @@
-"""Sparse attention forward over a bit mask: dense tiles, key blocks that no query of the tile selected skipped.
+"""Sparse attention forward over a bit mask: dense tiles without the key blocks that nobody selected.
 
 Owns the rows of a tile and the online softmax over its live blocks (FlashAttention's recurrence). All query
 heads of a KV head are rows of one matrix: they share the mask, one word a key.
@@ -26,11 +26,23 @@ def part_rows(r, tile, kvh, sq, G: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def block_rows(base, start, stride, sk, n, d, WHOLE: tl.constexpr):
+    """Pointers to rows `start + n` of keys or values; beyond the last key, where no bit is set, to the last.
+
+    `WHOLE`: the keys fill their blocks, and all but `start` is computed once, before the loop.
+    """
+    if WHOLE:
+        return base + start.to(tl.int64) * stride + ((n * stride)[:, None] + d[None, :])
+    return base + (tl.minimum(start + n, sk - 1).to(tl.int64) * stride)[:, None] + d[None, :]
+
+
+@triton.jit
 def masked_forward(
     Q, K, V, WORDS, OFFSETS, ENTRIES, ORDER, OUT, LSE, scale, tiles, sq, sk, width,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     G: tl.constexpr, T: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """`scale` is positive: the largest product is the largest score."""
     tile = tl.load(ORDER + tl.program_id(0) // (R // ROWS))
@@ -50,17 +62,16 @@ def masked_forward(
     STEPS: tl.constexpr = BLOCK // KEYS
     first, last = tl.load(OFFSETS + tile), tl.load(OFFSETS + tile + 1)
     for i in tl.range(0, (last - first).to(tl.int32) * STEPS, num_stages=STAGES):
-        j = tl.load(ENTRIES + first + i // STEPS) * BLOCK + i % STEPS * KEYS + n
-        word = tl.load(words + j)
-        at = tl.minimum(j, sk - 1).to(tl.int64)  # beyond the last key no bit is set
-        key = tl.load(base_k + (at * k_s)[:, None] + d[None, :])
+        start = tl.load(ENTRIES + first + i // STEPS) * BLOCK + i % STEPS * KEYS
+        word = tl.load(words + start + n)
+        key = tl.load(block_rows(base_k, start, k_s, sk, n, d, WHOLE))
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         score = tl.where((word[None, :] & bit[:, None]) != 0, score, float("-inf"))
         above = tl.maximum(highest, tl.max(score, 1) * log2_scale)
         weight = tl.exp2(score * log2_scale - above[:, None])
         shrink = tl.exp2(highest - above)
         total = total * shrink + tl.sum(weight, 1)
-        value = tl.load(base_v + (at * v_s)[:, None] + d[None, :])
+        value = tl.load(block_rows(base_v, start, v_s, sk, n, d, WHOLE))
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
         highest = above

@@ -14,7 +14,7 @@ from megatron_clsa.kernels.mask_plan import KEY_BLOCK, KEY_TILE, LiveBlocks, Mas
 from megatron_clsa.kernels.masked_backward import (
     masked_key_gradients,
     masked_query_gradients,
-    row_statistics,
+    pack_rows,
 )
 from megatron_clsa.kernels.masked_forward import masked_forward
 
@@ -57,47 +57,76 @@ def forward(query, key, value, plan: MaskPlan, scale: float, tiling: Tiling) -> 
     b, sq, h, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(b, h, sq, dtype=torch.float32, device=query.device)
-    constants = _constants(query, key, plan.queries, KEY_BLOCK, tiling)
+    constants = _constants(query.shape, key, plan.queries, KEY_BLOCK, tiling)
     grid = plan.words.shape[0] * (constants["R"] // constants["ROWS"]), key.shape[2]
     masked_forward[grid](
-        query, key, value, plan.words, *_lists(plan.key_blocks), out, lse, scale, *_sizes(query, key, plan),
-        *_strides(query, key, value), **constants,
+        query, key, value, plan.words, *_lists(plan.key_blocks), out, lse, scale,
+        triton.cdiv(sq, plan.queries), sq, key.shape[1], plan.words.shape[1], *_strides(query, key, value),
+        **_whole(key), **constants,
     )  # fmt: skip
     return out, lse
 
 
-def statistics(query, key, out, dout, lse, dlse, plan: MaskPlan) -> tuple[Tensor, Tensor]:
-    """`row_statistics` of a backward: two `[b, g, t, R]` fp32 tensors."""
-    b, sq, h, d = query.shape
-    group, tiles = h // key.shape[2], triton.cdiv(sq, plan.queries)
-    rows = _tile_rows(plan.queries, group)
-    parts = [torch.empty(b, key.shape[2], tiles, rows, device=query.device) for _ in range(2)]
-    row_statistics[(b * tiles, key.shape[2])](
-        out, dout, lse, dlse, *parts, tiles, sq, *_strides(out, dout), G=group, T=plan.queries, R=rows, D=d
-    )
-    return parts[0], parts[1]
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Rows in the order of the plan's tiles.
+
+    Attributes:
+        query, dout: `[b, g, t, R, d]`.
+        lse2, delta: `[b, g, t, R]` fp32, see `pack_rows`.
+        bit: `[R]` int32, each row's bit in a tile's words.
+    """
+
+    query: Tensor
+    dout: Tensor
+    lse2: Tensor
+    delta: Tensor
+    bit: Tensor
 
 
-def query_gradients(query, key, value, dout, lse2, delta, plan: MaskPlan, scale: float, tiling: Tiling):
-    """dQ `[b, sq, h, d]`."""
-    dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    constants = _constants(query, key, plan.queries, KEY_BLOCK, tiling)
+def pack(query, key, out, dout, lse, dlse, plan: MaskPlan) -> Packed:
+    """What both gradient kernels read. `lse` and `dlse` are contiguous."""
+    (b, sq, h, d), g = query.shape, key.shape[2]
+    tiles, rows = triton.cdiv(sq, plan.queries), _tile_rows(plan.queries, h // g)
+    shape = b, g, tiles, rows
+    new = {"device": query.device}
+    vectors = [torch.empty(*shape, d, dtype=query.dtype, **new) for _ in range(2)]
+    numbers = [torch.empty(shape, dtype=torch.float32, **new) for _ in range(2)]
+    packed = Packed(*vectors, *numbers, torch.empty(rows, dtype=torch.int32, **new))
+    pack_rows[(b * tiles, g)](
+        query, out, dout, lse, dlse, *vectors, *numbers, packed.bit, tiles, sq, *_strides(query, out, dout),
+        G=h // g, T=plan.queries, R=rows, D=d, num_warps=8,
+    )  # fmt: skip
+    return packed
+
+
+def query_gradients(
+    packed: Packed, key, value, plan: MaskPlan, shape, scale: float, tiling: Tiling
+) -> Tensor:
+    """dQ of `shape [b, sq, h, d]`."""
+    sq = shape[1]
+    dquery = torch.empty(shape, dtype=key.dtype, device=key.device)
+    constants = _constants(shape, key, plan.queries, KEY_BLOCK, tiling)
     grid = plan.words.shape[0] * (constants["R"] // constants["ROWS"]), key.shape[2]
     masked_query_gradients[grid](
-        query, key, value, dout, plan.words, *_lists(plan.key_blocks), lse2, delta, dquery, scale,
-        *_sizes(query, key, plan), *_strides(query, key, value, dout), **constants,
+        packed.query, packed.dout, packed.lse2, packed.delta, key, value, plan.words,
+        *_lists(plan.key_blocks), dquery, scale, triton.cdiv(sq, plan.queries), sq, key.shape[1],
+        plan.words.shape[1], *_strides(key, value), **_whole(key), **constants,
     )  # fmt: skip
     return dquery
 
 
-def key_gradients(query, key, value, dout, lse2, delta, plan: MaskPlan, scale: float, tiling: Tiling):
+def key_gradients(packed: Packed, key, value, plan: MaskPlan, shape, scale: float, tiling: Tiling):
     """dK and dV `[b, sk, g, d]`."""
+    b, sk, g, _ = key.shape
     dkey, dvalue = (torch.empty(key.shape, dtype=key.dtype, device=key.device) for _ in range(2))
-    constants = _constants(query, key, plan.queries, KEY_TILE, tiling)
-    tiles = key.shape[0] * plan.words.shape[1] // KEY_TILE
-    masked_key_gradients[(tiles * (KEY_TILE // constants["KEYS"]), key.shape[2])](
-        query, key, value, dout, plan.words, *_lists(plan.query_tiles), lse2, delta, dkey, dvalue, scale,
-        *_sizes(query, key, plan), *_strides(query, key, value, dout), **constants,
+    constants = _constants(shape, key, plan.queries, KEY_TILE, tiling)
+    del constants["G"], constants["T"]  # packed rows need neither
+    width = plan.words.shape[1]
+    masked_key_gradients[(b * width // constants["KEYS"], g)](
+        packed.query, packed.dout, packed.lse2, packed.delta, packed.bit, key, value, plan.words,
+        *_lists(plan.query_tiles), dkey, dvalue, scale, triton.cdiv(shape[1], plan.queries), sk, width,
+        *_strides(key, value), **constants,
     )  # fmt: skip
     return dkey, dvalue
 
@@ -106,19 +135,19 @@ def _tile_rows(queries: int, group: int) -> int:
     return max(16, triton.next_power_of_2(queries * group))
 
 
-def _constants(query: Tensor, key: Tensor, queries: int, block: int, tiling: Tiling) -> dict:
-    group = query.shape[2] // key.shape[2]
+def _constants(shape, key: Tensor, queries: int, block: int, tiling: Tiling) -> dict:
+    group = shape[2] // key.shape[2]
     rows = _tile_rows(queries, group)
     return {
         "G": group,
         "T": queries,
         "R": rows,
-        "D": query.shape[3],
+        "D": shape[3],
         "BLOCK": block,
         "ROWS": min(rows, tiling.rows),
         "KEYS": min(block, tiling.keys),
         "STAGES": tiling.stages,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if key.dtype == torch.float32 else "tf32",
         "num_warps": tiling.warps,
     }
 
@@ -127,10 +156,8 @@ def _lists(live: LiveBlocks) -> tuple[Tensor, Tensor, Tensor]:
     return live.offsets, live.entries, live.order
 
 
-def _sizes(query: Tensor, key: Tensor, plan: MaskPlan) -> tuple[int, int, int, int]:
-    """Tiles of a sequence, sq, sk, w."""
-    sq = query.shape[1]
-    return triton.cdiv(sq, plan.queries), sq, key.shape[1], plan.words.shape[1]
+def _whole(key: Tensor) -> dict:
+    return {"WHOLE": key.shape[1] % KEY_BLOCK == 0}
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -119,7 +119,7 @@ def _unions(index, rows, first, last, num_keys, queries, tile0, tile1):
 def member_words(
     index: Tensor, rows: RowRange, num_keys: int, queries: int, which: range, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Words `[n, width]` int32 of the tiles `which` of `queries` queries, and `[n]` int32 keys that anyone chose.
+    """Words `[n, width]` int32 of the tiles `which` of `queries` queries; `[n]` int32 keys someone chose.
 
     Bit i of word j: query i of the tile selected key j. `index [b, sq, k]` is contiguous; -1, and positions
     outside `rows`, set nothing.
@@ -137,8 +137,9 @@ def member_words(
 
 @triton.jit
 def _mark(
-    INDEX, START, END, WORDS, COUNT, tile0, step, tiles, sq, sk, width, k, T: tl.constexpr, BLOCK: tl.constexpr
-):
+    INDEX, START, END, WORDS, COUNT, tile0, step, tiles, sq, sk, width, k,
+    T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Set the query's bit at its keys; count the keys that had none. Integer atomics: any order will do."""
     tile = tl.program_id(0)
     batch = (tile0 + tile * step) // tiles

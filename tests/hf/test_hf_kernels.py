@@ -94,7 +94,7 @@ def test_triton_in_the_interpreter_gives_the_same_logits(monkeypatch):
     kernels, masks = pair()
 
     def plan(index, rows, num_keys, group):
-        return build_union_plan(index, rows, num_keys, queries_of_tile(group, dispatch.ROWS_OF_TILE))
+        return build_union_plan(index, rows, num_keys, queries_of_tile(group, dispatch.UNION_ROWS))
 
     monkeypatch.setattr(dispatch, "build_plan", plan)
     monkeypatch.setattr(dispatch, "topk_index", triton_topk)

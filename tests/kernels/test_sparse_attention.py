@@ -1,4 +1,4 @@
-"""Sparse attention through a union plan against its float64 meaning; points of docs/kernels.md's list."""
+"""Sparse attention, union and masked tiles, against its float64 meaning; points of docs/kernels.md's list."""
 
 import pytest
 import torch
@@ -11,20 +11,27 @@ from kernel_cases import (
     zigzag_positions,
 )
 
+from megatron_clsa.kernels import masked_attention as masked
 from megatron_clsa.kernels import plan as plans
 from megatron_clsa.kernels import reference
+from megatron_clsa.kernels import union_attention as union
+from megatron_clsa.kernels.mask_plan import build_mask_plan
+from megatron_clsa.kernels.masked_attention import masked_attention
 from megatron_clsa.kernels.plan import build_union_plan, queries_of_tile
 from megatron_clsa.kernels.rows import RowRange, causal_rows
 from megatron_clsa.kernels.union_attention import union_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BUILD = {"union": build_union_plan, "masked": build_mask_plan}
+ATTEND = {"union": union_attention, "masked": masked_attention}
+both = pytest.mark.parametrize("kernel", BUILD)
 
 
-def _run(case, index, queries, dtype=torch.float32):
+def _run(kernel, case, index, queries, dtype=torch.float32):
     """Output, LSE and the three gradients of a random linear function of both."""
     case = case.to(dtype)
-    plan = build_union_plan(index, case.rows, case.key.shape[1], queries)
-    out, lse = union_attention(case.query, case.key, case.value, plan, case.scale)
+    plan = BUILD[kernel](index, case.rows, case.key.shape[1], queries)
+    out, lse = ATTEND[kernel](case.query, case.key, case.value, plan, case.scale)
     out.backward(_direction(out))
     return out, lse, case.query.grad, case.key.grad, case.value.grad
 
@@ -41,8 +48,8 @@ def _direction(out):
     return torch.randn(out.shape, generator=generator).to(out)
 
 
-def _check(case, index, queries, dtype=torch.float32, floor_ulps=64.0):
-    actual = _run(case, index, queries, dtype)
+def _check(kernel, case, index, queries, dtype=torch.float32, floor_ulps=64.0):
+    actual = _run(kernel, case, index, queries, dtype)
     rounded = case.to(dtype)  # the reference starts from the same rounded inputs
     torch_own, exact = _expected(rounded, index, dtype), _expected(rounded, index, torch.float64)
     empty = exact[1] == float("-inf")
@@ -54,114 +61,128 @@ def _check(case, index, queries, dtype=torch.float32, floor_ulps=64.0):
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8, 16])
-def test_point_5_groups_that_are_no_power_of_two_with_neighbours_in_one_tile(group):
+@both
+def test_point_5_groups_that_are_no_power_of_two_with_neighbours_in_one_tile(kernel, group):
     case = make_case(sq=37, h=2 * group, g=2, d=16, device=DEVICE)
-    _check(case, random_index(case.rows, 37, 9), queries_of_tile(group, 32))
+    _check(kernel, case, random_index(case.rows, 37, 9), queries_of_tile(group, 32))
 
 
 @pytest.mark.parametrize("d", [16, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_head_dims_and_dtypes(d, dtype):
+@both
+def test_head_dims_and_dtypes(kernel, d, dtype):
     case = make_case(sq=35, h=5, g=1, d=d, device=DEVICE)
-    _check(case, random_index(case.rows, 35, 12), 3, dtype)
+    _check(kernel, case, random_index(case.rows, 35, 12), 3, dtype)
 
 
 @pytest.mark.parametrize("sq, k", [(1, 4), (7, 16), (65, 16), (130, 70), (65, 100)])
-def test_point_3_short_rows_and_sizes_that_divide_nothing(sq, k):
+@both
+def test_point_3_short_rows_and_sizes_that_divide_nothing(kernel, sq, k):
     case = make_case(sq=sq, h=4, g=2, d=16, device=DEVICE)
-    _check(case, random_index(case.rows, sq, k), 8)
+    _check(kernel, case, random_index(case.rows, sq, k), 8)
 
 
-def test_point_2_rows_without_any_key():
+@both
+def test_point_2_rows_without_any_key(kernel):
     rows = causal_rows(2, 33, DEVICE)
     rows = RowRange(torch.where(rows.end % 7 == 3, rows.end + 1, rows.start), rows.end)
     case = make_case(b=2, sq=33, h=4, g=2, d=16, rows=rows, device=DEVICE)
-    _check(case, random_index(rows, 33, 6), 8)
+    _check(kernel, case, random_index(rows, 33, 6), 8)
 
 
-def test_point_1_slots_of_minus_one_touch_nothing():
+@both
+def test_point_1_slots_of_minus_one_touch_nothing(kernel):
     case = make_case(sq=40, h=2, g=1, d=16, device=DEVICE)
     index = random_index(case.rows, 40, 12)
     wider = torch.cat([index, torch.full_like(index, -1)], -1)
-    for a, b in zip(_run(case, index, 8), _run(case, wider, 8), strict=True):
+    for a, b in zip(_run(kernel, case, index, 8), _run(kernel, case, wider, 8), strict=True):
         assert torch.equal(a, b)
 
 
-def test_point_4_a_key_named_twice_counts_once():
+@both
+def test_point_4_a_key_named_twice_counts_once(kernel):
     case = make_case(sq=24, h=2, g=1, d=16, device=DEVICE)
     index = random_index(case.rows, 24, 5)
-    for a, b in zip(_run(case, index, 8), _run(case, index.repeat(1, 1, 2), 8), strict=True):
+    for a, b in zip(_run(kernel, case, index, 8), _run(kernel, case, index.repeat(1, 1, 2), 8), strict=True):
         assert torch.equal(a, b)
 
 
-def test_point_15_packed_documents_in_a_batch():
+@both
+def test_point_15_packed_documents_in_a_batch(kernel):
     rows = packed_rows(3, 50, [3, 17, 9], DEVICE)
     case = make_case(b=3, sq=50, h=4, g=2, d=16, rows=rows, device=DEVICE)
-    _check(case, random_index(rows, 50, 8), 8)
+    _check(kernel, case, random_index(rows, 50, 8), 8)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_context_parallel_rows_against_gathered_keys(rank):
+@both
+def test_context_parallel_rows_against_gathered_keys(kernel, rank):
     positions = zigzag_positions(64, rank, 2).to(DEVICE)
     rows = take_rows(causal_rows(1, 64, DEVICE), positions)
     case = make_case(sq=32, sk=64, h=5, g=1, d=16, rows=rows, device=DEVICE)
-    _check(case, random_index(rows, 64, 10), 6)
+    _check(kernel, case, random_index(rows, 64, 10), 6)
 
 
-def test_point_6_a_row_whose_first_blocks_are_all_masked():
+@both
+def test_point_6_a_row_whose_first_blocks_are_all_masked(kernel):
     case = make_case(sq=200, h=2, g=1, d=16, device=DEVICE)
     index = torch.full((1, 200, 8), -1, dtype=torch.int32, device=DEVICE)
     index[0, :199, 0] = 0
     index[0, 199, 0] = 199  # in the last block of a tile whose other queries fill the first
     index[0, 192:199] = torch.arange(64, 192, 16, device=DEVICE, dtype=torch.int32)
-    _check(case, index, 8)
+    _check(kernel, case, index, 8)
 
 
-def test_point_14_large_logits():
+@both
+def test_point_14_large_logits(kernel):
     case = make_case(sq=48, h=4, g=2, d=16, device=DEVICE)
     case.query, case.key = case.query * 30, case.key * 30
     index = random_index(case.rows, 48, 12)
     _, lse = reference.attention(case.query, case.key, case.value, case.rows, case.scale, index)
     # backward forms exp(score - lse) from a stored lse: what rounds it is a relative error of the weight
-    _check(case, index, 8, floor_ulps=lse.abs().max().item())
+    _check(kernel, case, index, 8, floor_ulps=lse.abs().max().item())
 
 
-def test_point_13_keys_that_nobody_selected_have_exactly_zero_gradient():
+@both
+def test_point_13_keys_that_nobody_selected_have_exactly_zero_gradient(kernel):
     case = make_case(sq=64, h=2, g=1, d=16, device=DEVICE)
     index = random_index(case.rows, 64, 6)
     index = torch.where(index % 3 == 0, index, -1)
-    *_, dkey, dvalue = _run(case, index, 8)
+    *_, dkey, dvalue = _run(kernel, case, index, 8)
     never = torch.arange(64) % 3 != 0
     assert not dkey[0, never].any() and not dvalue[0, never].any() and dkey[0, ~never].any()
 
 
-def test_point_10_two_runs_have_the_same_bits():
+@both
+def test_point_10_two_runs_have_the_same_bits(kernel):
     case = make_case(sq=96, h=5, g=1, d=32, device=DEVICE)
     index = random_index(case.rows, 96, 20)
-    for a, b in zip(_run(case, index, 12), _run(case, index, 12), strict=True):
+    for a, b in zip(_run(kernel, case, index, 12), _run(kernel, case, index, 12), strict=True):
         assert torch.equal(a, b)
 
 
-def test_point_12_a_later_key_changes_no_earlier_output():
+@pytest.mark.parametrize("kernel, huge", [("union", float("inf")), ("masked", 1e30)])  # 0 x inf is NaN
+def test_point_12_a_later_key_changes_no_earlier_output(kernel, huge):
     case = make_case(sq=64, h=4, g=2, d=16, device=DEVICE)
     index = random_index(case.rows, 64, 10)
-    before = _run(case, index, 8)
+    before = _run(kernel, case, index, 8)
     case.key, case.value = case.key.clone(), case.value.clone()
-    case.key[:, 40:], case.value[:, 40:] = 1e4, float("inf")
-    after = _run(case, index, 8)
+    case.key[:, 40:], case.value[:, 40:] = 1e4, huge
+    after = _run(kernel, case, index, 8)
     assert torch.equal(before[0][:, :40], after[0][:, :40])
     assert torch.equal(before[1][..., :40], after[1][..., :40])
 
 
-def test_point_16_a_plan_serves_two_layers_and_a_late_backward():
+@both
+def test_point_16_a_plan_serves_two_layers_and_a_late_backward(kernel):
     case = make_case(sq=40, h=4, g=2, d=16, device=DEVICE)
     other = make_case(sq=40, h=4, g=2, d=16, device=DEVICE, seed=9)
     first, second = random_index(case.rows, 40, 8), random_index(case.rows, 40, 8, seed=3)
-    expected = _run(case, first, 8)
+    expected = _run(kernel, case, first, 8)
     query = case.query.clone().requires_grad_()
-    plan = build_union_plan(first, case.rows, 40, 8)
-    out, _ = union_attention(query, case.key, case.value, plan, case.scale)
-    _run(other, second, 8)  # another microbatch of the same shape comes between
+    plan = BUILD[kernel](first, case.rows, 40, 8)
+    out, _ = ATTEND[kernel](query, case.key, case.value, plan, case.scale)
+    _run(kernel, other, second, 8)  # another microbatch of the same shape comes between
     out.backward(_direction(out))
     assert torch.equal(query.grad, expected[2])
 
@@ -169,16 +190,17 @@ def test_point_16_a_plan_serves_two_layers_and_a_late_backward():
 def test_chunks_of_the_backward_do_not_change_the_sum(monkeypatch):
     case = make_case(b=2, sq=80, h=4, g=2, d=16, device=DEVICE)
     index = random_index(case.rows, 80, 12)
-    whole = _run(case, index, 8)
+    whole = _run("union", case, index, 8)
     monkeypatch.setattr(plans, "CHUNK_ROWS", 128)
     monkeypatch.setattr(plans, "SCRATCH_WORDS", 3 * 80)
-    parts = _run(case, index, 8)
+    parts = _run("union", case, index, 8)
     assert len(build_union_plan(index, case.rows, 80, 8).chunks) > 3
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # fp32 sums in another grouping
 
 
-def test_the_gradient_of_the_lse():
+@both
+def test_the_gradient_of_the_lse(kernel):
     case = make_case(sq=30, h=4, g=2, d=16, device=DEVICE)
     index = random_index(case.rows, 30, 8)
 
@@ -186,9 +208,9 @@ def test_the_gradient_of_the_lse():
         lse = lse_of(case)
         return torch.autograd.grad((lse * torch.arange(30, device=DEVICE)).sum(), (case.query, case.key))
 
-    plan = build_union_plan(index, case.rows, 30, 8)
+    plan = BUILD[kernel](index, case.rows, 30, 8)
     got = gradient(
-        lambda c: union_attention(c.query, c.key, c.value, plan, c.scale)[1], case.to(torch.float32)
+        lambda c: ATTEND[kernel](c.query, c.key, c.value, plan, c.scale)[1], case.to(torch.float32)
     )
     want = gradient(
         lambda c: reference.attention(c.query, c.key, c.value, c.rows, c.scale, index)[1],
@@ -215,11 +237,11 @@ def test_the_plan_lists_every_selected_pair_once():
     assert torch.equal(rebuilt, selected)
 
 
-def test_the_operator_follows_torch_librarys_rules():
-    from megatron_clsa.kernels.union_attention import _attend, _flat
-
+@both
+def test_the_operator_follows_torch_librarys_rules(kernel):
+    operator = {"union": union, "masked": masked}[kernel]
     case = make_case(sq=20, h=2, g=1, d=16, device=DEVICE).to(torch.float32)
-    plan = build_union_plan(random_index(case.rows, 20, 5), case.rows, 20, 8)
-    arguments = (case.query, case.key, case.value, *_flat(plan), case.scale)
+    plan = BUILD[kernel](random_index(case.rows, 20, 5), case.rows, 20, 8)
+    arguments = (case.query, case.key, case.value, *operator._flat(plan), case.scale)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_attend, arguments, test_utils=tests)
+    torch.library.opcheck(operator._attend, arguments, test_utils=tests)

@@ -1,0 +1,76 @@
+"""Which implementation of sparse attention an index is for: union tiles or masked-dense tiles.
+
+Owns the cost model: its rates, measured, and the sizes of both plans, taken from a sample of tiles before
+either plan is built. Axes: b batch, sq queries, k selected, t tiles.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import triton
+from torch import Tensor
+
+from megatron_clsa.kernels.mask_plan import KEY_BLOCK, live_key_blocks, mask_bytes, mask_queries, padded_keys
+from megatron_clsa.kernels.plan import BLOCK, member_words, queries_of_tile
+from megatron_clsa.kernels.rows import RowRange
+
+Kernel = Literal["auto", "union", "masked"]
+KERNELS = ("auto", "union", "masked")
+
+UNION_ROWS = 64  # rows of a union tile. 128 cost more FLOPs than they save gathers, unless an index is random
+MOST_MASK_BYTES = 4 << 30  # 128K tokens of 5 heads a KV head take 2.7 GiB
+_SAMPLED_TILES = 128
+
+# Nanoseconds of forward and backward for one key of a tile of 64 rows x 128 dims (one KV head), on one H100.
+# Union: rows `sparse_attention_fwd_bwd*` of docs/results/kernels.json over their `union_rows` x 4 heads give
+# 0.73 to 0.79 at 8K to 128K, overlapping or random. Masked: time of `masked_attention_fwd_bwd*` over
+# `live_blocks` x KEY_BLOCK x 2 x 4.
+UNION_NS = 0.74
+MASKED_NS = 0.30
+
+
+@dataclass(frozen=True)
+class PlanSizes:
+    """What each implementation would execute for an index, estimated from a sample of its tiles.
+
+    Attributes:
+        union_rows: `UnionPlan.union_rows`.
+        live_blocks: `MaskPlan.live_blocks`.
+    """
+
+    union_rows: float
+    live_blocks: float
+
+    @property
+    def union_cost(self) -> float:
+        """Nanoseconds a KV head of 128 dims."""
+        return UNION_NS * self.union_rows
+
+    @property
+    def masked_cost(self) -> float:
+        """Nanoseconds a KV head of 128 dims; a block has 128 rows, two union tiles' worth."""
+        return MASKED_NS * self.live_blocks * KEY_BLOCK * 2
+
+
+def choose(index: Tensor, rows: RowRange, num_keys: int, group_size: int) -> str:
+    """`union` or `masked`: the faster by the model, among those whose plan fits."""
+    b, sq, _ = index.shape
+    if mask_bytes(b, sq, num_keys, mask_queries(group_size)) > MOST_MASK_BYTES:
+        return "union"
+    sizes = sampled_sizes(index, rows, num_keys, group_size)
+    return "masked" if sizes.masked_cost < sizes.union_cost else "union"
+
+
+def sampled_sizes(index: Tensor, rows: RowRange, num_keys: int, group_size: int) -> PlanSizes:
+    """Sizes of both plans of `index [b, sq, k]`, from about `_SAMPLED_TILES` masked tiles evenly apart."""
+    b, sq, _ = index.shape
+    queries, of_union = mask_queries(group_size), queries_of_tile(group_size, UNION_ROWS)
+    tiles = b * triton.cdiv(sq, queries)
+    step = max(1, tiles // _SAMPLED_TILES)
+    which = range(step // 2, tiles, step)
+    words, _ = member_words(index.contiguous(), rows, num_keys, queries, which, padded_keys(num_keys))
+    first = words & (-1 if of_union == 32 else (1 << of_union) - 1)  # a union tile, at the masked one's head
+    union = ((first != 0).sum(1) + BLOCK - 1) // BLOCK * BLOCK
+    live = live_key_blocks(words).sum()
+    union, live = (x.item() / len(which) for x in (union.sum(), live))
+    return PlanSizes(union * b * triton.cdiv(sq, of_union), live * tiles)
