@@ -8,6 +8,7 @@ import torch
 from hf_tiny import tiny_model, tokens
 
 from megatron_clsa.hf.kernels_clsa import NAME
+from megatron_clsa.kernels import dispatch, union_attention
 
 pytestmark = pytest.mark.gpu
 SHAPE = {
@@ -35,26 +36,49 @@ def test_a_gpu_gets_the_kernels_unasked():
     assert on_gpu().config._attn_implementation == NAME
 
 
+@pytest.fixture
+def plans(monkeypatch) -> list[bool]:
+    """Whether Triton served, for every call of the kernels' attention."""
+    made, run = [], dispatch.sparse_attention
+
+    def counted(query, key, value, index, rows, scale, plan=None):
+        made.append(plan is not None and union_attention.supported(query, key))
+        return run(query, key, value, index, rows, scale, plan)
+
+    monkeypatch.setattr(dispatch, "sparse_attention", counted)
+    return made
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_logits_equal_the_masked_path(dtype, allowed):
-    """Allowed: as a share of the logits' standard deviation."""
+def padded_logits(implementation: str, dtype=torch.float32):
+    """Of every token of two rows of which one is padded."""
     ids, mask = prompt(LONG, batch=2), torch.ones(2, LONG, dtype=torch.long, device="cuda")
     mask[0, :37] = 0
-    actual = on_gpu(NAME, dtype)(ids, attention_mask=mask).logits[mask.bool()].float()
-    expected = on_gpu("sdpa", dtype)(ids, attention_mask=mask).logits[mask.bool()].float()
-    assert (actual - expected).abs().max() <= allowed * expected.std()
+    return on_gpu(implementation, dtype)(ids, attention_mask=mask).logits[mask.bool()].float()
+
+
+def test_logits_equal_the_masked_path(plans):
+    expected = padded_logits("sdpa")
+    assert (padded_logits(NAME) - expected).abs().max() <= 1e-4 * expected.std()
+    assert plans == [True] * 3
+
+
+def test_bfloat16_logits_are_as_exact_as_the_masked_paths(plans):
+    exact = padded_logits("sdpa")
+    ours, theirs = ((padded_logits(name, torch.bfloat16) - exact).norm() for name in (NAME, "sdpa"))
+    assert ours <= 1.1 * theirs and theirs < 0.1 * exact.norm()
+    assert plans == [True] * 3
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
-def test_gradients_equal_the_masked_path(coefficient):
+def test_gradients_equal_the_masked_path(coefficient, plans):
     ids, found = prompt(LONG, batch=2), []
     for implementation in (NAME, "sdpa"):
         model = on_gpu(implementation, indexer_loss_coef=coefficient).train()
         model(ids, labels=ids).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     actual, expected = found
-    assert actual.keys() == expected.keys()
+    assert plans == [True] * 3 and actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (actual[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
@@ -84,10 +108,11 @@ WAYS = {
 
 
 @pytest.mark.parametrize("length", [SHORT, LONG])
-def test_greedy_tokens_are_the_masked_paths_in_every_way(length):
+def test_greedy_tokens_are_the_masked_paths_in_every_way(length, plans):
     ids = prompt(length)
     kernels, expected = on_gpu(NAME), by_hand(on_gpu("sdpa"), ids)
     assert torch.equal(by_hand(kernels, ids), expected), "full passes"
+    assert all(plans) and len(plans) == (3 * NEW if length == LONG else 0)  # short: no more keys than k
     for name, way in WAYS.items():
         assert torch.equal(greedy(kernels, ids, **way), expected), name
 
