@@ -82,11 +82,6 @@ def _add_dense_group(group) -> None:
     group.add_argument("--seed", type=int, default=1234, help="of everything random (1234)")
 
 
-def _show_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else "\r"  # an error overwrites it
-    print(f"tensors: {done} of {total}", end=end, file=sys.stderr, flush=True)
-
-
 def _tokenizer(given: Path | None, model: Path) -> Path | None:
     if given is not None and not given.exists():
         raise UserError(f"--tokenizer {given} does not exist")
@@ -98,19 +93,20 @@ def _tokenizer(given: Path | None, model: Path) -> Path | None:
 def main() -> None:
     import torch
 
-    from megatron_clsa.convert.export import whole_folder
     from megatron_clsa.convert.imports import architecture_of, write_checkpoint
+    from megatron_clsa.convert.progress import Bar
     from megatron_clsa.convert.weights import WeightFolder
+    from megatron_clsa.convert.whole_folder import whole_folder
 
     args = _parser().parse_args()
     source, tokenizer, report = WeightFolder(args.model), _tokenizer(args.tokenizer, args.model), None
-    with whole_folder(args.out, args.force) as temporary:
+    with whole_folder(args.out, args.force, (args.model,)) as temporary:
         if args.init_from:
             source, arch, report = _dense(source, tokenizer, args)
         else:
             arch = architecture_of(source, tokenizer)
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        write_checkpoint(source, arch, temporary, dtype, _show_progress)
+        write_checkpoint(source, arch, temporary, dtype, Bar("weights", "tensors"))
         if report is not None:
             (temporary / "start.json").write_text(json.dumps(report, indent=1) + "\n")
         if args.verify:

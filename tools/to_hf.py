@@ -40,11 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else "\r"  # an error overwrites it
-    print(f"weights: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB", end=end, file=sys.stderr, flush=True)
-
-
 def _tokenizer(given: Path | None, trained_with: str | None) -> Path | None:
     if given is not None and not given.exists():
         raise UserError(f"--tokenizer {given} does not exist")
@@ -59,7 +54,9 @@ def main() -> None:
 
     from megatron_clsa.convert.architecture import read_architecture
     from megatron_clsa.convert.checkpoint import TorchDistReader, find_checkpoint
-    from megatron_clsa.convert.export import ExportOptions, export, whole_folder
+    from megatron_clsa.convert.export import ExportOptions, export
+    from megatron_clsa.convert.progress import Bar
+    from megatron_clsa.convert.whole_folder import whole_folder
 
     args = _parser().parse_args()
     folder = find_checkpoint(args.checkpoint)
@@ -71,8 +68,8 @@ def main() -> None:
         _tokenizer(args.tokenizer, arch.tokenizer_model),
         run=next(iter(folder.resolve().parents[2:3]), None),
     )
-    with whole_folder(args.out, args.force) as temporary:
-        export(reader, arch, temporary, options, _show_progress)
+    with whole_folder(args.out, args.force, (folder,)) as temporary:
+        export(reader, arch, temporary, options, Bar("weights", "MB", 10**6))
         if args.verify:
             from megatron_clsa.convert.verify import verify
 

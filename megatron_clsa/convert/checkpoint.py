@@ -127,6 +127,8 @@ class TorchDistReader:
             UserError: naming the file whose bytes are missing, cut or changed.
         """
         entry = self._tensors[name]
+        if sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) != entry.size.numel():
+            raise UserError(f"{self.folder / '.metadata'} is damaged: the slices of {name} are not its whole")
         if len(entry.chunks) == 1:
             return self._read_chunk(name, entry.chunks[0]).view(entry.size)
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -139,21 +141,54 @@ class TorchDistReader:
         return whole
 
     def _read_chunk(self, name: str, chunk) -> Tensor:
-        place = self._slices[MetadataIndex(name, chunk.offsets)]
-        return self._read_slice(self.folder / place.relative_path, place.offset, place.length)
+        place = self._slices.get(MetadataIndex(name, chunk.offsets))
+        if place is None:
+            raise UserError(f"{self.folder / '.metadata'} is damaged: it has no place for a slice of {name}")
+        tensor = self._read_slice(self.folder / place.relative_path, place.offset, place.length)
+        if not isinstance(tensor, Tensor) or tensor.numel() != torch.Size(chunk.sizes).numel():
+            raise UserError(f"{self.folder / place.relative_path} holds something else than {name}")
+        return tensor
 
-    def _read_slice(self, path: Path, offset: int, length: int) -> Tensor:
+    def _read_slice(self, path: Path, offset: int, length: int):
         try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = io.BytesIO(file.read(length))
-            broken = zipfile.ZipFile(data).testzip()
-            if broken is not None:
-                raise zipfile.BadZipFile(f"checksum of {broken} differs")
-            data.seek(0)
-            return torch.load(data, weights_only=True, map_location="cpu")
+            with path.open("rb", buffering=0) as file, io.BufferedReader(_Part(file, offset, length)) as data:
+                broken = zipfile.ZipFile(data).testzip()
+                if broken is not None:
+                    raise zipfile.BadZipFile(f"checksum of {broken} differs")
+                data.seek(0)
+                return torch.load(data, weights_only=True, map_location="cpu")
         except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{path} is damaged at byte {offset}: {reason}; take another checkpoint"
             ) from None
+
+
+class _Part(io.RawIOBase):
+    """`length` bytes of an open file from `offset` on, as a file: a slice is not copied to be looked into."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int):
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError("a place before the slice's first byte")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        room = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[:room])
+        self._at += count
+        return count

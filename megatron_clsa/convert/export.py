@@ -1,21 +1,18 @@
 """Writes a Hugging Face folder: weights shard by shard, config, the model's own code, tokenizer, card.
 
-Owns the folder's content and the rule that it appears whole or not at all; the manifest of the weights
-(`manifest.py`) is its last file. Peak memory: one output shard and the largest tensor.
+Owns the folder's content; that it appears whole or not at all is `whole_folder.py`'s. The manifest of the
+weights (`manifest.py`) is its last file. Peak memory: the largest tensor, and a second one of its size.
 """
 
-import errno
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_clsa.convert import manifest
@@ -23,6 +20,7 @@ from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.card import model_card
 from megatron_clsa.convert.checkpoint import TorchDistReader
 from megatron_clsa.convert.names import Entry, entries
+from megatron_clsa.convert.safetensors_file import SafetensorsWriter
 from megatron_clsa.convert.tokenizer import write_tokenizer
 from megatron_clsa.convert.weights import INDEX
 from megatron_clsa.errors import UserError
@@ -132,88 +130,44 @@ def hf_config(arch: Architecture, dtype: torch.dtype, token_ids: dict[str, int])
 
 
 def _write_weights(reader, table, out: Path, dtype, limit: int, progress) -> None:
-    total = sum(torch.Size(entry.shape).numel() for entry in table) * dtype.itemsize
-    shards = _shard_sizes(table, dtype.itemsize, limit)
-    index, done = {}, 0
-    tensors = _hf_tensors(reader, table, dtype)
-    for number, count in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = dict(next(tensors) for _ in range(count))
-        save_file(shard, out / name, metadata={"format": "pt"})
-        (out / name).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-        index |= dict.fromkeys(shard, name)
-        done += sum(tensor.nbytes for tensor in shard.values())
-        progress(done, total)
+    shards, index, done = _shards(table, dtype.itemsize, limit), {}, 0
+    total = sum(torch.Size(shape).numel() for shard in shards for shape in shard.values()) * dtype.itemsize
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    tensors = _hf_tensors(reader, table)
+    for file, shard in zip(names, shards, strict=True):
+        with closing(SafetensorsWriter(out / file, shard, dtype)) as writer:
+            for name, shape in shard.items():
+                writer.add(*next(tensors))
+                index[name] = file
+                done += torch.Size(shape).numel() * dtype.itemsize
+                progress(done, total)
+            writer.finish()
     _write_json(out / INDEX, {"metadata": {"total_size": done}, "weight_map": index})
-    names = (*dict.fromkeys(index.values()), INDEX)
-    manifest.seal(out, {name: manifest.describe(out / name) for name in names}, {})
+    manifest.seal(out, {name: manifest.describe(out / name) for name in (*names, INDEX)}, {})
 
 
-def _hf_tensors(reader, table: list[Entry], dtype) -> Iterator[tuple[str, Tensor]]:
+def _hf_tensors(reader, table: list[Entry]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in turn; what is handed out is not kept while the next one is read."""
     for entry in table:
         parts = entry.split(reader.read(entry.megatron))
-        for name, part in zip(entry.hf, parts, strict=True):
-            part = part.to(dtype).contiguous()
-            cut = part.untyped_storage().nbytes() > part.nbytes  # else the shard would keep the whole alive
-            yield name, part.clone() if cut else part
+        for name in entry.hf:
+            yield name, parts.pop(0)
 
 
-def _shard_sizes(table: list[Entry], itemsize: int, limit: int) -> list[int]:
-    """How many tensors each file takes, in order."""
-    counts, used = [0], 0
+def _shards(table: list[Entry], itemsize: int, limit: int) -> list[dict[str, tuple[int, ...]]]:
+    """Names and shapes of each file's tensors, in order."""
+    shards, used = [{}], 0
     for entry in table:
         parts = entry.split(torch.empty(entry.shape, device="meta"))
-        for size in (part.numel() * itemsize for part in parts):
-            if counts[-1] and used + size > limit:
-                counts.append(0)
+        for name, part in zip(entry.hf, parts, strict=True):
+            size = part.numel() * itemsize
+            if shards[-1] and used + size > limit:
+                shards.append({})
                 used = 0
-            counts[-1] += 1
+            shards[-1][name] = tuple(part.shape)
             used += size
-    return counts
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    return shards
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextmanager
-def whole_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place if the block ends well, and goes if not.
-
-    Raises:
-        UserError: if `out` exists and `force` is not given, or the disk is full.
-    """
-    if out.exists() and not force:
-        raise UserError(f"{out} exists: give another folder, or --force to replace it")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if out.exists():
-            replaced = out.with_name(f".{out.name}.{os.getpid()}.replaced")
-            out.rename(replaced)
-            temporary.rename(out)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(out)
-    except Exception as error:
-        if _disk_full(error):
-            raise UserError(f"{out.parent} is full: nothing was written; free some space") from None
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    """safetensors reports the system's errors as text; torch.save raises one of its own in its place."""
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            return True
-        error = error.__context__
-    return False

@@ -18,7 +18,7 @@ from tools_here import to_hf
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_clsa.convert.checkpoint import TorchDistReader
-from megatron_clsa.convert.export import whole_folder
+from megatron_clsa.convert.whole_folder import whole_folder
 from megatron_clsa.errors import UserError
 
 
