@@ -65,6 +65,7 @@ DECIDED_BY_RUN = {
     "train_samples": "--train-iters",
     "rampup_batch_size": "--global-batch-size",
     "yaml_cfg": "--config",
+    "log_straggler": "--straggler-factor (Megatron's detector has to be called from its own script)",
 }
 
 
@@ -193,6 +194,14 @@ def _add_guard_group(parser: argparse.ArgumentParser):
         default=defaults.max_bad_steps,
         help="Skipped or rolled back steps of a phase after which the run stops. Default: 10.",
     )
+    group.add_argument(
+        "--straggler-factor",
+        type=float,
+        default=1.3,
+        metavar="X",
+        help="Name ranks whose forward passes take X times the median of their stage, for 30 steps. "
+        "0 never does. Default: 1.3.",
+    )
 
 
 def _run_options() -> argparse.Namespace:
@@ -218,6 +227,10 @@ def parse_command(words: list[str]) -> argparse.Namespace:
     if extra:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         raise UserError(unknown_key(extra[0].split("=")[0], flags, "command line", "flag"))
+    for key, instead in DECIDED_BY_RUN.items():
+        flag = "--" + key.replace("_", "-")
+        if any(word.partition("=")[0] == flag for word in words):
+            raise UserError(f"{flag} is decided by the run; use {instead}")
     return args
 
 

@@ -52,6 +52,7 @@ from megatron_clsa.training.recipe import load_recipe
 from megatron_clsa.training.release import free_last_phase, remember_chunks
 from megatron_clsa.training.run_lock import one_writer
 from megatron_clsa.training.step import TrainingStep
+from megatron_clsa.training.straggler import StragglerReport
 from megatron_clsa.training.teacher_flags import TeacherSettings
 from megatron_clsa.training.teacher_supply import TeacherSupply
 from megatron_clsa.training.watchdog import Watchdog, memory_advice
@@ -149,7 +150,8 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
         evaluation = Evaluation(run.config, file, run.position, supply)
         step = TrainingStep(run.config, evaluation, teacher)
         guard = Guard(GuardSettings.of(run.args), step, run.steps, bad_steps)
-        _watch(run, file, guard, supply, watchdog)
+        slow = StragglerReport(store, run.args.rank, run.args.straggler_factor, step.forward, step.data)
+        _watch(run, file, guard, supply, watchdog, slow)
         _pretrain(run, step, evaluation, store)
         # A signal that came after the last step's check: the phase is complete, the run is not.
         stopped = any(get_signal_handler().signals_received())
@@ -173,14 +175,23 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
         _tear_down()
 
 
-def _watch(run: PhaseRun, file: MetricsFile, guard: Guard, supply: TeacherSupply | None, watchdog: Watchdog):
+def _watch(
+    run: PhaseRun,
+    file: MetricsFile,
+    guard: Guard,
+    supply: TeacherSupply | None,
+    watchdog: Watchdog,
+    slow: StragglerReport,
+):
     """Stand around the parts of Megatron's loop that train a step and tell of it."""
     throughput = Throughput(run_shape(get_args(), run.config), run.args.peak_tflops)
     recorder = StepRecorder(file, run.position, throughput.mfu, guard.watch_gradient)
 
     def train_step(original, *args, **named):
         watchdog.beat(get_args().curr_iteration)
-        return guard(partial(supply, original) if supply else original, *args, **named)
+        taken = guard(partial(supply, original) if supply else original, *args, **named)
+        slow.after_step(get_args().curr_iteration + 1)
+        return taken
 
     wrap_training("train_step", train_step)
     wrap_training("training_log", recorder)

@@ -14,6 +14,7 @@ from megatron_clsa.config import CLSAConfig
 from megatron_clsa.data.provider import get_batch
 from megatron_clsa.model.forward_mode import ForwardMode, ForwardReport
 from megatron_clsa.training.evaluation import Evaluation, run_stage
+from megatron_clsa.training.straggler import Stopwatch
 from megatron_clsa.training.teacher_flags import TeacherSettings
 
 
@@ -21,10 +22,12 @@ class TrainingStep:
     """Megatron's `forward_step_func`; batches of an evaluation go to `evaluation`.
 
     Under a teacher, training batches come ready from `TeacherSupply`, with its targets on the last stage.
+    `forward` and `data` measure a rank's own work for the report of slow ranks.
     """
 
     def __init__(self, config: CLSAConfig, evaluation: Evaluation, teacher: TeacherSettings | None = None):
         self.config, self.evaluation, self.teacher = config, evaluation, teacher
+        self.forward, self.data = Stopwatch(), Stopwatch()
         self.losses: list[Tensor] = []  # (sum, count) of each microbatch of the current step
 
     def take_loss(self) -> Tensor:
@@ -35,9 +38,14 @@ class TrainingStep:
     def __call__(self, data_iterator, model):
         if not model.training:
             return self.evaluation.forward_step(data_iterator, model)
+        with self.forward:
+            return self._forward(data_iterator, model)
+
+    def _forward(self, data_iterator, model):
         if self.teacher is not None:
             return self._with_teacher(next(data_iterator), model)
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        with self.data:
+            batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         mode = ForwardMode.from_config(self.config, training=True)
         return run_stage(model, batch, mode), partial(self._loss, batch["loss_mask"], mode.report)
 

@@ -161,15 +161,27 @@ class Job:
     def state(self) -> str | None:
         return self.field("JobState")
 
+    def processes(self) -> list[int]:
+        """Pids on this host that the job has started."""
+        mine, found = f"SLURM_JOB_ID={self.id}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mine in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
+
     def wait(self, condition, seconds: float = 240):
         wait_for(condition, seconds, lambda: f"job {self.id} is {self.state}\n{self.log}")
         return self
 
     def restarted(self):
-        """Wait for a requeue and skip Slurm's 120 s before it."""
+        """Wait for a requeue and skip Slurm's 120 s before it.
+
+        Not before the old script is gone: its exit code would be taken for that of the new attempt.
+        """
 
         def running_again() -> bool:
-            if self.state == "PENDING":
+            if self.state == "PENDING" and not self.processes():
                 command("scontrol", "update", f"JobId={self.id}", "StartTime=now")
             return self.state == "RUNNING" and int(self.field("Restarts")) > 0
 

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import ENVIRONMENT, TINY, steps
 
+from megatron_clsa.training import guards
 from megatron_clsa.training.guards import WARM_UP, RecentMean
 
 NAN_RUN = Path(__file__).parent / "nan_run.py"
@@ -49,6 +51,52 @@ def test_roll_back_goes_on_from_the_checkpoint_without_the_data_of_the_step(tmp_
     assert "back to the newest checkpoint" in result.stderr
     assert "resuming at step 3" in result.stdout
     assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+
+
+@pytest.fixture
+def guard_of(monkeypatch):
+    """Guards that see the losses they are given, and what they said."""
+    said = []
+    monkeypatch.setattr(guards, "_reduced", lambda loss, model: (loss, None))
+    monkeypatch.setattr(guards, "_warn", lambda text, kind="WARNING": said.append(text))
+    monkeypatch.setattr(guards, "maybe_finalize_async_save", lambda blocking: None)
+
+    def make(policy: str, losses: list[float], last_step: int = 100):
+        step = SimpleNamespace(take_loss=iter(losses).__next__)
+        guard = guards.Guard(guards.GuardSettings(on_spike=policy), step, last_step, [])
+        return guard, said
+
+    return make
+
+
+@pytest.mark.parametrize("policy, done", [("warn", "go"), ("skip", "skip")])
+def test_a_spike_is_warned_of_or_left_out(guard_of, policy, done):
+    guard, said = guard_of(policy, [2.0] * WARM_UP + [5.0, 2.0])
+    assert [guard._examine(None, step) for step in range(WARM_UP)] == ["go"] * WARM_UP and not said
+    assert guard._examine(None, 21) == done
+    assert len(said) == 1 and said[0].startswith("step 21: loss 5 is 2.50 x its recent mean")
+    assert guard._examine(None, 22) == "go" and len(said) == 1
+
+
+@pytest.mark.parametrize("policy, left", [("rollback", guards.RollBack), ("stop", SystemExit)])
+def test_a_spike_rolls_back_or_stops_where_that_is_asked(guard_of, policy, left):
+    guard, said = guard_of(policy, [2.0] * WARM_UP + [5.0])
+    for step in range(WARM_UP):
+        guard._examine(None, step)
+    with pytest.raises(left):
+        guard._examine(None, 21)
+    assert len(said) == 1 and guard.bad_steps == [21]
+
+
+def test_a_gradient_norm_far_above_the_recent_ones_is_warned_of(guard_of):
+    guard, said = guard_of("warn", [])
+    for step in range(WARM_UP):
+        guard.watch_gradient(1.0, step)
+    guard.watch_gradient(9.0, 21)
+    guard.watch_gradient(float("inf"), 22)  # a loss of which the update is skipped anyway
+    assert not said
+    guard.watch_gradient(30.0, 23)
+    assert len(said) == 1 and said[0].startswith("step 23: gradient norm 30 is")
 
 
 def test_a_spike_is_told_by_its_distance_from_the_recent_mean():

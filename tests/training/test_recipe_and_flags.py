@@ -61,6 +61,9 @@ def test_phases_flag_chooses_a_subset(tmp_path):
         (["--distributed-backend", "nccl"], ["--distributed-backend nccl", "GPU"]),
         (["--transformer-impl", "transformer_engine"], ["--transformer-impl", "GPU"]),
         (["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model is missing"]),
+        (["--load", "elsewhere"], ["--load is decided by the run", "--pretrained-checkpoint"]),
+        (["--save=elsewhere"], ["--save is decided by the run", "--out"]),
+        (["--log-straggler"], ["--straggler-factor"]),
     ],
 )
 def test_bad_flag_is_refused_by_name(tmp_path, words, named):
