@@ -23,5 +23,4 @@ CLSA_OUT="$1"
 clsa_settings convert_to_hf
 mapfile -t container < <(clsa_container)
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
-# shellcheck disable=SC2086
-exec srun --ntasks=1 "${container[@]}" $CLSA_PYTHON "$CLSA_ROOT/tools/to_hf.py" "$@" --verify
+exec srun --ntasks=1 "${container[@]}" "${CLSA_START[@]}" "$CLSA_ROOT/tools/to_hf.py" "$@" --verify

@@ -20,25 +20,49 @@ clsa_refuse() {
 
 # Reads site.env and refuses what is missing or misspelt in it. $1: name of the run, the default of its folder.
 clsa_settings() {
-    local name words complaint env="${CLSA_ENV:-$CLSA_ROOT/slurm/site.env}"
+    local name complaint env="${CLSA_ENV:-$CLSA_ROOT/slurm/site.env}"
     [ -f "$env" ] || clsa_refuse "$env is missing: copy slurm/site.env.example there and edit it"
     complaint="$(bash -n "$env" 2>&1 | head -n 1)"
     [ -z "$complaint" ] || clsa_refuse "CLSA_ENV is not valid shell: $complaint"
     for name in $(grep -oE '^ *(export +)?CLSA_[A-Z_]+' "$env" | grep -oE 'CLSA_[A-Z_]+'); do
         [[ $CLSA_SETTINGS == *" $name "* ]] || clsa_refuse "$env sets $name, which nothing reads:$CLSA_SETTINGS"
     done
-    # shellcheck disable=SC1090
-    source "$env" || clsa_refuse "$env ends with an error"
+    clsa_source "$env"
     [ -n "${CLSA_RUNS:-}${CLSA_OUT:-}" ] || clsa_refuse "$env: set CLSA_RUNS, a folder that all nodes see"
     : "${CLSA_OUT:=$CLSA_RUNS/$1}" "${CLSA_MAX_RESTARTS:=3}" "${CLSA_MIN_FREE_GB:=500}" "${CLSA_REQUEUE:=1}"
     : "${CLSA_GPUS_PER_NODE:=${SLURM_NTASKS_PER_NODE:-8}}" "${CLSA_PYTHON:=$CLSA_ROOT/.venv/bin/python}"
-    read -r -a words <<<"$CLSA_PYTHON"
-    [ -n "${CLSA_CONTAINER:-}" ] || command -v "${words[0]}" >/dev/null \
+    for name in CLSA_MAX_RESTARTS CLSA_MIN_FREE_GB CLSA_GPUS_PER_NODE; do
+        [[ ${!name} =~ ^[0-9]+$ ]] || clsa_refuse "$name=${!name}: give a whole number"
+    done
+    [[ $CLSA_REQUEUE =~ ^[01]$ ]] || clsa_refuse "CLSA_REQUEUE=$CLSA_REQUEUE: give 1 or 0"
+    [[ ${CLSA_CONTAINER:-} != /* || -e $CLSA_CONTAINER ]] \
+        || clsa_refuse "CLSA_CONTAINER=$CLSA_CONTAINER does not exist"
+    CLSA_START=("$CLSA_PYTHON") # a path, which may hold spaces, or a command with its arguments
+    command -v "$CLSA_PYTHON" >/dev/null || read -r -a CLSA_START <<<"$CLSA_PYTHON"
+    [ -n "${CLSA_CONTAINER:-}" ] || command -v "${CLSA_START[0]}" >/dev/null \
         || clsa_refuse "CLSA_PYTHON=$CLSA_PYTHON does not exist: run tools/environment.sh once, or set it"
     mkdir -p "$CLSA_OUT/logs" 2>/dev/null \
         || clsa_refuse "CLSA_OUT=$CLSA_OUT cannot be made: give a folder that you may write to"
     CLSA_LOGS="$CLSA_OUT/logs/${SLURM_JOB_ID:?submit this script with sbatch}"
     mkdir -p "$CLSA_LOGS"
+}
+
+# Sources site.env and refuses it at the first command that fails: a path with spaces and no quotes is one.
+clsa_source() {
+    local said failed=''
+    said="$(mktemp)"
+    set +u -E # sites' own functions read variables that are not set; -E lets the trap into the file
+    # The file's own status says nothing: a last line such as `[ -d X ] && Y` is no failure.
+    trap '[[ $BASH_COMMAND == "source "* ]] || failed="${failed:-line $LINENO: $BASH_COMMAND}"' ERR
+    # shellcheck disable=SC1090
+    source "$1" 2>"$said"
+    trap - ERR
+    set -u +E
+    if [ -n "$failed" ]; then
+        clsa_refuse "$1, $failed: this command fails ($(tail -n 1 "$said")); quote values that hold spaces"
+    fi
+    cat "$said" >&2
+    rm -f "$said"
 }
 
 # Where the ranks meet. The port is the job's own, so that two jobs on a node do not meet each other.
@@ -59,12 +83,14 @@ clsa_container() {
 clsa_check_nodes() {
     local report status=0 answered
     report="$CLSA_LOGS/nodes.txt"
-    # shellcheck disable=SC2086
-    timeout 120 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${container[@]}" $CLSA_PYTHON \
+    timeout 120 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${container[@]}" "${CLSA_START[@]}" \
         "$CLSA_ROOT/slurm/check_node.py" --out "$CLSA_OUT" --gpus "$CLSA_GPUS_PER_NODE" \
         --free-gb "$CLSA_MIN_FREE_GB" "$@" >"$report" 2>"$report.err" || status=$?
     if grep -q '^error: ' "$report"; then
         clsa_refuse "$(grep -h '^error: ' "$report" | sort -u | head -n 1 | cut -d ' ' -f 2-)"
+    fi
+    if grep -q 'unrecognized option.*container' "$report.err"; then
+        clsa_refuse "CLSA_CONTAINER is set and srun knows no containers: install pyxis, or set CLSA_PYTHON"
     fi
     answered="$(grep -c '^node ' "$report" || true)"
     if [ "$answered" != "$SLURM_NNODES" ]; then
@@ -124,10 +150,10 @@ clsa_train() {
     [ -z "$asked" ] || clsa_again "$CLSA_SAVED"
     clsa_say "$SLURM_NTASKS ranks on $SLURM_JOB_NODELIST meet at $MASTER_ADDR:$MASTER_PORT, logs in $CLSA_LOGS"
     # --wait: when a rank is gone, the others get a minute to finish a save before they are ended.
-    # shellcheck disable=SC2016,SC2086
+    # shellcheck disable=SC2016
     srun --label --wait=60 --kill-on-bad-exit=0 --open-mode=append --output="$CLSA_LOGS/%N.log" "${container[@]}" \
         bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank \
-        $CLSA_PYTHON "$@" --out "$CLSA_OUT" "${data[@]}" 2>>"$CLSA_LOGS/srun.txt" &
+        "${CLSA_START[@]}" "$@" --out "$CLSA_OUT" "${data[@]}" 2>>"$CLSA_LOGS/srun.txt" &
     step=$!
     until
         wait "$step"

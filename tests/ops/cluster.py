@@ -149,6 +149,13 @@ class Job:
         assert made.returncode == 0, made.stderr
         self.id, self.cwd = made.stdout.strip(), cwd
 
+    @classmethod
+    def of(cls, number: str, cwd: Path) -> "Job":
+        """A job that something else has submitted."""
+        job = cls.__new__(cls)
+        job.id, job.cwd = number, cwd
+        return job
+
     @property
     def log(self) -> str:
         return "".join(path.read_text() for path in self.cwd.glob(f"*-{self.id}.out"))
