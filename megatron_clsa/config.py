@@ -3,6 +3,7 @@
 Owns no module and no flag parsing: `training/arguments.py` makes one flag a field, under the same name.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,6 +110,14 @@ def _check_sizes(config) -> None:
     for flag in ("sliding_window", "index_topk", "index_head_dim"):
         if getattr(config, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(config, flag)}: give a positive number")
+    if not config.rotary_base > 1:
+        raise UserError(f"--rotary-base {config.rotary_base}: give a number above 1, such as 10000")
+    if config.kv_channels is not None and config.kv_channels % 2:
+        raise UserError(
+            f"--kv-channels {config.kv_channels} is odd: rotary embeddings turn pairs, make it even"
+        )
+    if not (math.isfinite(config.kd_loss_coeff) and config.kd_loss_coeff >= 0):
+        raise UserError(f"--kd-loss-coeff {config.kd_loss_coeff}: give zero or a positive number")
 
 
 def _check_divisibility(config) -> None:

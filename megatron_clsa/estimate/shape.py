@@ -6,6 +6,7 @@ Owns how layers, microbatches and rows fall on ranks, with megatron-core's own a
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -22,6 +23,33 @@ class Stage:
     holds_memory: bool
     first: bool
     last: bool
+
+
+def chunk_layers(config: CLSAConfig, rank: int) -> list[tuple[int, int]]:
+    """(first layer, number of layers) of each model chunk of pipeline rank `rank`.
+
+    Raises:
+        AssertionError, ValueError: megatron-core's, if the layers do not fall evenly on chunks.
+    """
+    if config.pipeline_model_parallel_layout is not None:
+        return _chunk_layers_of_layout(config.pipeline_model_parallel_layout.layout, rank)
+    chunks = config.virtual_pipeline_model_parallel_size
+    return [
+        (get_transformer_layer_offset(config, chunk, rank), get_num_layers_to_build(config, chunk, rank))
+        for chunk in ([None] if chunks is None else range(chunks))
+    ]
+
+
+def _chunk_layers_of_layout(layout: list[list[list[LayerType]]], rank: int) -> list[tuple[int, int]]:
+    """megatron-core counts these with the running process's own rank only. layout: by rank, then chunk."""
+    first, found = 0, []
+    for chunk in range(len(layout[0])):
+        for number, stage in enumerate(layout):
+            count = stage[chunk].count(LayerType.decoder)
+            if number == rank:
+                found.append((first, count))
+            first += count
+    return found
 
 
 @dataclass(frozen=True)
@@ -89,14 +117,7 @@ class RunShape:
 
     def chunk_layers(self, rank: int) -> list[tuple[int, int]]:
         """(first layer, number of layers) of each model chunk of pipeline rank `rank`."""
-        chunks = [None] if self.chunks == 1 else range(self.chunks)
-        return [
-            (
-                get_transformer_layer_offset(self.config, chunk, rank),
-                get_num_layers_to_build(self.config, chunk, rank),
-            )
-            for chunk in chunks
-        ]
+        return chunk_layers(self.config, rank)
 
     def stage(self, rank: int) -> Stage:
         """The layers of pipeline rank `rank`."""

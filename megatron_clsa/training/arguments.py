@@ -6,7 +6,9 @@ against each other and against the machine are in validation.py.
 
 import argparse
 import dataclasses
+import functools
 import os
+from copy import deepcopy
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +18,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.errors import UserError
+from megatron_clsa.training.foreign_flags import refuse_foreign_flags
 from megatron_clsa.training.guards import POLICIES, GuardSettings
 from megatron_clsa.training.launch import FLAG
 from megatron_clsa.training.recipe import Phase, Recipe, flag_words, unknown_key
@@ -57,16 +60,6 @@ WITHOUT_GPU = {
 }
 # A plan is for GPUs with Transformer Engine; RoPE's fusion costs no memory and asks for the real thing.
 PLANNING = {"no_rope_fusion": True}
-# Phases decide these, so that a run can be stopped and resumed anywhere.
-DECIDED_BY_RUN = {
-    "save": "--out",
-    "load": "--out, or --pretrained-checkpoint for the first phase's weights",
-    "finetune": "--pretrained-checkpoint",
-    "train_samples": "--train-iters",
-    "rampup_batch_size": "--global-batch-size",
-    "yaml_cfg": "--config",
-    "log_straggler": "--straggler-factor (Megatron's detector has to be called from its own script)",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,7 +85,9 @@ def _formats(action: argparse.Action) -> bool:
     return True
 
 
+@functools.cache
 def build_parser() -> Parser:
+    """All flags, made once a process: Megatron reads its own sources for the help of 800 of them."""
     parser = Parser(
         usage="%(prog)s [--nproc-per-node N] --config RECIPE [flags]",
         allow_abbrev=False,
@@ -112,6 +107,19 @@ def build_parser() -> Parser:
     return parser
 
 
+def _positive(kind: type, or_zero: bool = False):
+    """A number that is above zero, for argparse."""
+
+    def parse(word: str):
+        value = kind(word)
+        if not (value > 0 or (or_zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"{word}: give a positive number")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse: "invalid int value"
+    return parse
+
+
 def _add_run_group(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("run", "What to run and where its files go.")
     group.add_argument("--config", metavar="RECIPE", required=True, help="Recipe file (YAML).")
@@ -125,7 +133,7 @@ def _add_run_group(parser: argparse.ArgumentParser):
     group.add_argument(
         "--dry-run",
         nargs="?",
-        type=int,
+        type=_positive(int),
         const=0,
         metavar="RANKS",
         help="Print parameters, memory by rank, FLOPs, bytes over each link, predicted speed and days for "
@@ -133,20 +141,20 @@ def _add_run_group(parser: argparse.ArgumentParser):
     )
     group.add_argument(
         "--peak-tflops",
-        type=float,
+        type=_positive(float),
         metavar="X",
         help="16-bit TFLOP/s of one GPU, for MFU. Default: by the GPU's name; without one, an H100's 989.",
     )
     group.add_argument(
         "--assumed-efficiency",
-        type=float,
+        type=_positive(float),
         default=0.5,
         metavar="X",
         help="--dry-run: share of the peak that kernels reach while they run. Default: 0.5.",
     )
     group.add_argument(
         "--hang-timeout",
-        type=float,
+        type=_positive(float, or_zero=True),
         default=1800.0,
         metavar="SECONDS",
         help="End the run, naming the rank, if no step ends for so long; evaluations, saves and the first "
@@ -154,13 +162,13 @@ def _add_run_group(parser: argparse.ArgumentParser):
     )
     group.add_argument(
         "--keep-last",
-        type=int,
+        type=_positive(int),
         metavar="N",
         help="Delete checkpoints of a phase but its newest N. Default: keep all.",
     )
     group.add_argument(
         "--keep-every",
-        type=int,
+        type=_positive(int),
         metavar="STEPS",
         help="With --keep-last: also keep the checkpoints at multiples of STEPS.",
     )
@@ -187,10 +195,12 @@ def _add_guard_group(parser: argparse.ArgumentParser):
         default=defaults.on_spike,
         help="The same for a loss above --spike-factor x its recent mean. Default: warn.",
     )
-    group.add_argument("--spike-factor", type=float, default=defaults.spike_factor, help="Default: 2.")
+    group.add_argument(
+        "--spike-factor", type=_positive(float), default=defaults.spike_factor, help="Default: 2."
+    )
     group.add_argument(
         "--max-bad-steps",
-        type=int,
+        type=_positive(int),
         default=defaults.max_bad_steps,
         help="Skipped or rolled back steps of a phase after which the run stops. Default: 10.",
     )
@@ -227,10 +237,6 @@ def parse_command(words: list[str]) -> argparse.Namespace:
     if extra:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         raise UserError(unknown_key(extra[0].split("=")[0], flags, "command line", "flag"))
-    for key, instead in DECIDED_BY_RUN.items():
-        flag = "--" + key.replace("_", "-")
-        if any(word.partition("=")[0] == flag for word in words):
-            raise UserError(f"{flag} is decided by the run; use {instead}")
     return args
 
 
@@ -247,11 +253,13 @@ def parse_phase(recipe: Recipe, phase: Phase, command_line: list[str], ranks: in
     planning = any(word.partition("=")[0] == "--dry-run" for word in command_line)
     defaults = HOUSE_DEFAULTS | (PLANNING if planning else platform_defaults())
     words = flag_words(defaults, options, recipe.path)
-    for settings in recipe.settings_for(phase, ranks):
-        _refuse_decided(settings, recipe)
+    own = recipe.settings_for(phase, ranks)
+    for settings in own:
+        _refuse_house_off(settings, recipe)
         words += flag_words(settings, options, recipe.path)
     words += command_line
-    args = parser.parse_args(words)
+    args = deepcopy(parser.parse_args(words))  # a default may be a list, which validation changes
+    refuse_foreign_flags(args, parser, HOUSE_DEFAULTS, [(recipe.path, s) for s in own])
     args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
     args.rank = int(os.environ.get("RANK", "0"))
     args.world_size = ranks
@@ -259,9 +267,7 @@ def parse_phase(recipe: Recipe, phase: Phase, command_line: list[str], ranks: in
     return args
 
 
-def _refuse_decided(settings: dict, recipe: Recipe):
-    for key in settings.keys() & DECIDED_BY_RUN.keys():
-        raise UserError(f"{recipe.path}: {key} is decided by the run; use {DECIDED_BY_RUN[key]}")
+def _refuse_house_off(settings: dict, recipe: Recipe):
     for key, value in settings.items():
         if value is False and HOUSE_DEFAULTS.get(key) is True:
             raise UserError(f"{recipe.path}: {key} cannot be turned off in CLSA; remove the line")

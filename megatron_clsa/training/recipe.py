@@ -75,6 +75,8 @@ class Recipe:
             return self.phases
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         known = [phase.name for phase in self.phases]
+        if not wanted:
+            raise UserError(f"--phases names none: {self.path} has {', '.join(known)}")
         for name in wanted:
             if name not in known:
                 raise UserError(f"--phases {name}: {self.path} has no such phase; it has {', '.join(known)}")

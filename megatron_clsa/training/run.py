@@ -70,7 +70,20 @@ def main(words: list[str]) -> int:
     for run in plan.runs[:1]:
         check_gate(run, plan.state, plan.ignore_gate)
         check_origin(run.origin(plan.state, plan.checkpoints), run)
+    make_folder(plan)
     return run_phases(plan)
+
+
+def make_folder(plan: RunPlan) -> None:
+    """The run's folder, on every rank: one that cannot be written is found before ranks meet."""
+    try:
+        plan.checkpoints.mkdir(parents=True, exist_ok=True)
+        writable = os.access(plan.out, os.W_OK) and os.access(plan.checkpoints, os.W_OK)
+        reason = None if writable else "no permission to write"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(f"--out {plan.out}: {reason}; name a folder that you may write to")
 
 
 def run_phases(plan: RunPlan) -> int:
@@ -81,10 +94,11 @@ def run_phases(plan: RunPlan) -> int:
     # Slurm warns with USR1 before the time limit, preemption sends TERM: save and leave on both.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     if not plan.runs:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{plan.out}: every phase that was asked for is complete")
         return EXIT_DONE
     store, args = launcher_store(), plan.runs[0].args
     with one_writer(plan.out, store, args.rank, args.world_size):
-        plan.checkpoints.mkdir(parents=True, exist_ok=True)
         return _run_in_turn(plan, store)
 
 

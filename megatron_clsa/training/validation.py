@@ -7,6 +7,7 @@ in config.py, a recipe's shape in recipe.py; what Megatron asserts besides becom
 import contextlib
 import io
 import os
+import traceback
 from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_clsa.config import CLSAConfig
 from megatron_clsa.data.tokenizer import load_tokenizer
 from megatron_clsa.data.validation import validate_data_arguments
 from megatron_clsa.errors import UserError
+from megatron_clsa.estimate.shape import chunk_layers
 from megatron_clsa.training.teacher_checks import check_teacher, check_teacher_vocabulary
 
 REQUIRED = (
@@ -30,6 +32,19 @@ REQUIRED = (
     "micro_batch_size",
     "train_iters",
     "lr",
+)
+POSITIVE = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "global_batch_size",
+    "eval_iters",
+    "eval_interval",
+    "save_interval",
+    "log_interval",
 )
 
 
@@ -43,6 +58,7 @@ def validate_phase(args, phase_name: str) -> CLSAConfig:
         _check_required(args)
         _check_layout(args)
         _check_sequence(args)
+        _check_schedule(args)
         if args.dry_run is None:
             _check_platform(args)
             _check_writers(args)
@@ -62,7 +78,9 @@ def _check_required(args):
         value = getattr(args, name)
         if value is None:
             raise UserError(f"--{_dashed(name)} is missing: set {name} in the recipe")
-        if value <= 0:
+    for name in (*REQUIRED, *POSITIVE):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
             raise UserError(f"--{_dashed(name)} {value}: give a positive number")
 
 
@@ -122,6 +140,26 @@ def _check_layout(args):
     for flag, count in (("--num-attention-heads", heads), ("--num-query-groups", groups)):
         if count % tp:
             raise UserError(f"{flag} {count} is not divisible by --tensor-model-parallel-size {tp}: lower it")
+    if args.kv_channels is None and args.hidden_size % heads:
+        raise UserError(
+            f"--hidden-size {args.hidden_size} is not a multiple of --num-attention-heads {heads}: "
+            "change one, or set --kv-channels"
+        )
+
+
+def _check_schedule(args):
+    if args.keep_every is not None and args.keep_last is None:
+        raise UserError(f"--keep-every {args.keep_every} means nothing without --keep-last: add it")
+    if args.fp16 and args.bf16:
+        raise UserError("--fp16 and --bf16 exclude each other: drop one")
+    if args.min_lr is not None and args.min_lr > args.lr:
+        raise UserError(f"--min-lr {args.min_lr} is above --lr {args.lr}: lower it")
+    decay = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_iters >= decay and args.lr_warmup_iters:
+        raise UserError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {decay} steps of --train-iters "
+            "or --lr-decay-iters: lower it"
+        )
 
 
 def _check_sequence(args):
@@ -183,16 +221,32 @@ def _megatron_checks(args) -> CLSAConfig:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it lists 800 arguments
             validate_args(args)
-            return core_transformer_config_from_args(args, CLSAConfig)
+            config = core_transformer_config_from_args(args, CLSAConfig)
+            _check_split(config)
+            return config
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(str(error) or f"Megatron refused the arguments ({_where(error)})") from error
+        raise UserError(str(error) or f"Megatron refuses the flags: {_asserted(error)}") from error
 
 
-def _where(error: BaseException) -> str:
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    return f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
+def _check_split(config: CLSAConfig):
+    """Megatron finds out that layers do not fall on stages only when it builds one."""
+    pp, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    try:
+        counts = [count for stage in range(pp) for _, count in chunk_layers(config, stage)]
+        reason = f"stages get {counts} layers"
+    except (AssertionError, ValueError) as error:
+        counts, reason = [], str(error)
+    if min(counts, default=-1) < 0 or sum(counts) != config.num_layers:
+        raise UserError(
+            f"--pipeline-model-parallel-size {pp} with {chunks} chunks a stage cannot split --num-layers "
+            f"{config.num_layers}: {reason}"
+        )
+
+
+def _asserted(error: BaseException) -> str:
+    """The statement that failed, of an assertion without a message: it names the flags."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return (last.line or f"{Path(last.filename).name}:{last.lineno}").removeprefix("assert ").rstrip(", \\")
 
 
 def _sizes(args) -> tuple[int, int, int]:

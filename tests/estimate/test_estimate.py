@@ -1,7 +1,7 @@
 """The formulas of estimate/ against small models: built, run and counted on gloo ranks."""
 
 import pytest
-from layouts import Case, Layout
+from layouts import Case, Layout, make_config
 from measured import costs_of, forward_and_backward_flops, saved_activations, shape_of
 from ranks import run_ranks
 
@@ -39,6 +39,12 @@ def test_parameters_and_bytes_over_links_equal_a_real_step(layout, case):
         expected = links.of_stage(run, cost["stage"])
         for link, received in cost["received"].items():
             assert received == pytest.approx(expected[link], rel=0.01, abs=512), link
+
+
+def test_a_pipeline_layout_in_letters_is_counted_without_a_process_group():
+    letters = dict(pipeline_model_parallel_layout="Et|t*3|t*2|t*2L")
+    run = shape_of(Layout(), make_config(Layout(pp=2, vpp=2, config=letters), SPARSE))
+    assert [run.chunk_layers(rank) for rank in (0, 1)] == [[(0, 1), (4, 2)], [(1, 3), (6, 2)]]
 
 
 WIDE = dict(hidden_size=128, ffn_hidden_size=320, kv_channels=32, num_query_groups=4, index_head_dim=16)

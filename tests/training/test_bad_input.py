@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from runs import TINY, command, distill, run
 
+import megatron_clsa.training.run as training_run
 from megatron_clsa.training.launch import launch
 from megatron_clsa.training.run import main
 
@@ -55,6 +56,8 @@ FLAGS = {
     "TE without GPU": (["--transformer-impl=transformer_engine"], ["--transformer-impl", "GPU"]),
     "FP8 without GPU": (["--fp8-format=hybrid"], ["--fp8-format hybrid", "GPU"]),
     "not a number of ranks": (["--nproc-per-node=two"], ["--nproc-per-node two"]),
+    "no phase": (["--phases=,"], ["--phases", "dense, warmup, sparse"]),
+    "another model": (["--position-embedding-type=none"], ["--position-embedding-type none", "rope"]),
     "unknown phase": (["--phases=wamup"], ["--phases wamup", "warmup"]),
 }
 
@@ -91,18 +94,18 @@ def test_a_process_of_its_own_says_no_more(tmp_path):
     assert "--num-layers 5" in _refusal(distill(tmp_path / "run", "--num-layers=5"))
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (["--tensor-model-parallel-size=2", "--num-attention-heads=3", "--num-query-groups=3"], "heads 3"),
-        (["--context-parallel-size=2", "--seq-length=62"], "--seq-length 62"),
-    ],
-    ids=["heads over TP", "sequence over CP"],
-)
-def test_ranks_refuse_alike_and_one_of_them_says_so(tmp_path, flags, named):
-    line = _refusal(distill(tmp_path / "run", *flags, ranks=2))
-    assert named in line, line
+def test_ranks_refuse_alike_and_one_of_them_says_so(tmp_path):
+    """The other layouts that cannot be: test_recipe_and_flags.py, without processes."""
+    flags = ["--tensor-model-parallel-size=2", "--num-attention-heads=3", "--num-query-groups=3"]
+    assert "--num-attention-heads 3" in _refusal(distill(tmp_path / "run", *flags, ranks=2))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_refused_before_ranks_meet(tmp_path, capsys, monkeypatch, out):
+    monkeypatch.setattr(training_run, "launcher_store", lambda: pytest.fail("ranks met"))
+    (tmp_path / "file").touch()
+    assert f"--out {tmp_path / out}: Not a directory" in _refusal_here(capsys, tmp_path / out)
 
 
 def test_under_torchrun_the_line_comes_first_and_each_rank_answers_2(tmp_path):
