@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.convert.architecture import Architecture, check_same_architecture, read_architecture
+from megatron_clsa.convert.checkpoint import TRACKER
 from megatron_clsa.errors import UserError
 from megatron_clsa.training.arguments import parse_phase
 from megatron_clsa.training.checkpoint import Origin, newest_step
@@ -152,10 +153,11 @@ def check_gate(run: PhaseRun, state: RunState, ignore: bool) -> None:
 
 
 def check_origin(origin: Origin, run: PhaseRun) -> None:
-    """Refuse a checkpoint of another architecture before anything is started.
+    """Refuse a checkpoint of another architecture, or none at all, before anything is started.
 
     Raises:
-        UserError: naming the field that differs; also if the folder holds no CLSA checkpoint.
+        UserError: naming the field that differs; also if the folder holds no CLSA checkpoint, from which
+            Megatron would go on with fresh weights.
     """
     if origin.folder is None:
         return
@@ -163,3 +165,5 @@ def check_origin(origin: Origin, run: PhaseRun) -> None:
     wanted = {f.name: getattr(config, f.name) for f in fields(Architecture) if hasattr(config, f.name)}
     wanted["tie_embeddings"] = not run.args.untie_embeddings_and_output_weights
     check_same_architecture(read_architecture(origin.folder), wanted, origin.folder)
+    if origin.checkpoint is None and not (origin.folder / TRACKER).is_file():
+        raise UserError(f"{origin.folder} holds no complete checkpoint: copy it again or name another folder")

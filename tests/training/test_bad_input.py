@@ -5,12 +5,14 @@ empty text: tests/data/test_preprocess.py.
 """
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import TINY, command, distill, run
 
 import megatron_clsa.training.run as training_run
+from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.training.launch import launch
 from megatron_clsa.training.run import main
 
@@ -92,6 +94,47 @@ def test_bad_recipe_ends_in_one_line_and_code_2(tmp_path, capsys, old, new, name
 
 def test_a_process_of_its_own_says_no_more(tmp_path):
     assert "--num-layers 5" in _refusal(distill(tmp_path / "run", "--num-layers=5"))
+
+
+ARCHITECTURE = Architecture(
+    vocab_size=127,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_layers=4,
+    num_self_decoder_layers=2,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    sliding_window=8,
+    index_topk=16,
+    index_head_dim=8,
+    index_qk_norm=False,
+    qk_layernorm=True,
+    cross_qk_norm=False,
+    layernorm_epsilon=1e-5,
+    rotary_base=10000,
+    tie_embeddings=True,
+    max_position_embeddings=64,
+)
+
+
+@pytest.mark.parametrize(
+    "other, named",
+    [
+        ({"num_layers": 6}, "its num_layers is 6, this run's is 4"),
+        ({"index_head_dim": 16}, "its index_head_dim is 16, this run's is 8"),
+        ({}, "holds no complete checkpoint"),
+        (None, "has no clsa.json"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_of_none_is_refused(tmp_path, capsys, other, named):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    if other is not None:
+        replace(ARCHITECTURE, **other).write(folder)
+    line = _refusal_here(capsys, tmp_path / "run", f"--pretrained-checkpoint={folder}")
+    assert f"{folder} " in line and named in line, line
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_refuse_alike_and_one_of_them_says_so(tmp_path):
