@@ -7,7 +7,7 @@ h query heads, g KV heads, d head dim, k selected.
 
 from torch import Tensor
 
-from megatron_clsa.kernels import flash, indexer_kd, indexer_topk, masked_attention, union_attention
+from megatron_clsa.kernels import cudnn, flash, indexer_kd, indexer_topk, masked_attention, union_attention
 from megatron_clsa.kernels import streaming_kd as _kd
 from megatron_clsa.kernels import window as _window
 from megatron_clsa.kernels.mask_plan import MaskPlan, build_mask_plan, mask_queries
@@ -30,7 +30,12 @@ def topk_index(q_idx: Tensor, k_idx: Tensor, rows: RowRange, k: int) -> Tensor:
 
 
 def dense_attention(query, key, value, rows: RowRange, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over all visible keys: `(out [b, sq, h, d], lse [b, h, sq])`, lse in natural log."""
+    """Attention over all visible keys: `(out [b, sq, h, d], lse [b, h, sq])`, lse in natural log.
+
+    No gradient flows through the LSE on a GPU.
+    """
+    if cudnn.supported(query, key, rows):
+        return cudnn.cudnn_attention(query, key, value, scale)
     if flash.supported(query, rows, key.shape[1]):
         return flash.flash_attention(query, key, value, rows, scale)
     return streaming_attention(query, key, value, rows, scale)
