@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 on GPUs, fp32 otherwise")
     parser.add_argument("--impl", choices=IMPLS, help="transformer_engine where it can be used, else local")
     parser.add_argument("--no-resume", action="store_true", help="leave out resume and reshard")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--limit", type=float, help="seconds that a layout may take (240; 90 on GPUs)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there, each as it is known")
     return parser
 
 
@@ -66,10 +67,7 @@ def _impl(asked: str | None) -> str:
     return asked or IMPLS[usable]
 
 
-def _finish(rows: list[dict], path: str | None, setting: dict) -> None:
-    passed = sum(row["ok"] for row in rows)
-    words = ", ".join(f"{key} {value}" for key, value in setting.items())
-    print(f"{passed} of {len(rows)} rows equal one process; {words}")
+def _write(rows: list[dict], path: str | None, setting: dict) -> None:
     if path:
         with open(path, "w") as file:
             json.dump(setting | {"rows": rows}, file, indent=1)
@@ -93,25 +91,16 @@ def _show(row: dict) -> None:
     print(TABLE.format(verdict, row["layout"], row["case"], *figures, row.get("index", "-")), flush=True)
 
 
-def _rows(ranks, layouts, cases, folder: str, resume: bool):
-    from multirank import check
-
-    expected = check.expected_of(ranks, cases, folder)
-    for name, layout in layouts.items():
-        try:
-            yield from check.check_layout(ranks, name, layout, cases, expected, folder)
-        except AssertionError as error:  # a rank's traceback: the other layouts still have their turn
-            yield {"layout": name, "case": "all", "ok": False, "error": str(error)}
-    if resume:
-        yield from check.check_resume(ranks, layouts, check.most_trained(cases), folder)
-
-
 @one_line_errors
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     world = _world(args.ranks)
+    if int(os.environ.get("RANK", 0)) and "TORCHELASTIC_RUN_ID" in os.environ:
+        return (
+            0  # torchrun's first process starts a rank of its own for each GPU, whom it can end if it hangs
+        )
     from multirank import check
-    from multirank.ranks import ranks_of
+    from multirank.ranks import LIMIT, Ranks, backend_for
 
     known = check.layouts_of(world)
     layouts = {name: known[name] for name in _chosen("--layouts", args.layouts, list(known))}
@@ -123,19 +112,23 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [case for case in cases if case.name in names]
     if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
         raise UserError(f"--json {args.json}: its folder does not exist; make it first")
-    ranks, started, rows = ranks_of(world), time.monotonic(), []
-    if ranks.chief:
-        _head()
-    with tempfile.TemporaryDirectory() as own:
-        for row in _rows(ranks, layouts, cases, ranks.shared_folder(own), not args.no_resume):
-            rows.append(row)
-            if ranks.chief:
+    _head()
+    setting = {"ranks": world, "backend": backend_for(world), "dtype": dtype, "impl": impl}
+    ranks, rows = Ranks(world, args.limit or (90.0 if on_gpu else LIMIT)), []
+    started = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ranks.start()
+            for row in check.check_layouts(ranks, layouts, cases, folder, not args.no_resume):
+                rows.append(row | {"at": round(time.monotonic() - started, 1)})
                 _show(row)
+                _write(rows, args.json, setting)
+    finally:
         ranks.close()
-    if ranks.chief:
-        setting = {"ranks": world, "backend": ranks.backend, "dtype": dtype, "impl": impl}
-        _finish(rows, args.json, setting | {"seconds": round(time.monotonic() - started)})
-    return 0 if all(row["ok"] for row in rows) else 1
+    passed = sum(row["ok"] for row in rows)
+    words = ", ".join(f"{key} {value}" for key, value in setting.items())
+    print(f"{passed} of {len(rows)} rows equal one process; {words}, {time.monotonic() - started:.0f} s")
+    return 0 if passed == len(rows) else 1
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import check_parallel
 import planted
 from multirank import check
-from multirank.ranks import Spawned
+from multirank.ranks import Ranks
 
 
 def test_layouts_hold_to_one_process_and_resume_each_other(tmp_path, capsys):
@@ -46,10 +48,26 @@ def test_unsummed_gradients_of_replicated_weights_are_a_failure(monkeypatch, cap
 
 
 def test_a_rank_that_dies_is_a_failure_of_its_layout_only():
-    ranks = Spawned(2)
-    with pytest.raises(AssertionError, match=r"rank \d of 2 failed"):
+    ranks = Ranks(2)
+    with pytest.raises(AssertionError, match=r"rank \d failed"):
         ranks.everywhere(no_such_layout)
     assert ranks.alone(len, "one") == 3
+    ranks.close()
+
+
+def test_a_rank_that_hangs_is_named_and_ended():
+    ranks = Ranks(2)
+    assert ranks.everywhere(len, "one") == [3, 3]
+    ranks.limit = 3.0
+    with pytest.raises(AssertionError, match=r"ranks \[1\] of 2 did not answer in 3 s"):
+        ranks.everywhere(rank_1_waits)
+    ranks.limit = 240.0
+    assert ranks.everywhere(len, "one") == [3, 3]
+    ranks.close()
+
+
+def rank_1_waits():
+    time.sleep(600 if dist.get_rank() == 1 else 0)
 
 
 def no_such_layout():

@@ -98,7 +98,7 @@ def make_config(layout: Layout, case: Case, dtype: torch.dtype | None = None) ->
         apply_rope_fusion=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        use_cpu_initialization=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
@@ -235,14 +235,20 @@ def run_batch(layout: Layout, case: Case, models) -> list[dict]:
 
 
 @contextmanager
-def recorded_index():
-    """Yields (indices that this rank made, indices that its cross layers read)."""
+def recorded_index(given: list | None = None):
+    """Yields (indices that this rank made, indices that its cross layers read).
+
+    `given`: for each microbatch of this rank the `[b, s, k]` index that it hands on in the place of its own.
+    """
     made, used = [], []
     topk_index, build_plan = dispatch.topk_index, dispatch.build_plan
 
-    def recorded(*args):
-        made.append(topk_index(*args))
-        return made[-1]
+    def recorded(q_idx, k_idx, rows, k):
+        made.append(topk_index(q_idx, k_idx, rows, k))
+        if given is None:
+            return made[-1]
+        whole = given[len(made) - 1].to(rows.end.device)
+        return whole.gather(1, rows.end.long().unsqueeze(-1).expand(-1, -1, k))
 
     def planned(index, *args):
         used.append(index.transpose(0, 1).contiguous())
@@ -255,21 +261,47 @@ def recorded_index():
         dispatch.topk_index, dispatch.build_plan = topk_index, build_plan
 
 
+def given_index(file: str | None) -> list | None:
+    """The data-parallel rank's share of the indices of all microbatches that `file` holds."""
+    if file is None or not os.path.exists(file):
+        return None
+    whole = torch.load(file, weights_only=True)
+    share = len(whole) // parallel_state.get_data_parallel_world_size()
+    first = share * parallel_state.get_data_parallel_rank()
+    return whole[first : first + share]
+
+
+def agreement(made: list, given: list | None) -> float | None:
+    """Share of the selected positions that both select, the lowest of any microbatch."""
+    if not given or not made:
+        return None
+    return min(_common(*pair) for pair in zip(made, given, strict=True))
+
+
+def _common(index, other) -> float:
+    other = other.to(index.device).sort(-1).values
+    place = torch.searchsorted(other, index.contiguous()).clamp(max=other.size(-1) - 1)
+    same = (other.gather(-1, place) == index) & (index >= 0)
+    return float(same.sum() / (index >= 0).sum())
+
+
 def load_weights(models, weights: str) -> None:
     state = dist_checkpointing.load(sharded(models), weights)
     for i, model in enumerate(models):
         model.module.load_state_dict(state[f"model{i}"])
 
 
-def step(layout: Layout, case: Case, weights: str, grads: str) -> dict:
+def step(layout: Layout, case: Case, weights: str, grads: str, index_file: str | None = None) -> dict:
     """One global batch; saves gradients to `grads`, returns losses (on last-stage ranks) and the index.
 
     `index` lists the indices that this rank helped to make, `index_used` holds one digest for each whole
-    `[b, s, k]` index that its cross layers read.
+    `[b, s, k]` index that its cross layers read. With `index_file` attention reads that selection instead of
+    the one just made, and `agreement` tells how much of it both select.
     """
     models = build(layout, case)
     load_weights(models, weights)
-    with recorded_index() as (made, used):
+    given = given_index(index_file)
+    with recorded_index(given) as (made, used):
         reports = run_batch(layout, case, models)
     save_gradients(models, grads)
     tp, cp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
@@ -277,6 +309,7 @@ def step(layout: Layout, case: Case, weights: str, grads: str) -> dict:
     return {
         "reports": reduce_reports(reports),
         "index": [index.transpose(0, 1).tolist() for index in whole],
+        "agreement": agreement([index.transpose(0, 1) for index in whole], given),
         "index_calls": len(made),
         "index_used": sorted({digest(gather_sequence(index, cp).transpose(0, 1)) for index in used}),
     }
@@ -317,9 +350,15 @@ def save_weights(folder: str, case: Case | None = None) -> None:
     dist_checkpointing.save(sharded(build(Layout(), case or Case("init"))), folder)
 
 
-def steps(layout: Layout, cases: list[Case], weights: str, folder: str) -> dict:
-    """`step` for each case, gradients under `folder/<case>`; one start of the ranks serves them all."""
-    return {case.name: step(layout, case, weights, f"{folder}/{case.name}") for case in cases}
+def steps(layout: Layout, cases: list[Case], weights: str, folder: str, given: str | None = None) -> dict:
+    """`step` for each case, gradients under `folder/<case>`; one start of the ranks serves them all.
+
+    `given`: folder of a `<case>.pt` for each case whose selection is not its own.
+    """
+    files = {case.name: f"{given}/{case.name}.pt" if given else None for case in cases}
+    return {
+        case.name: step(layout, case, weights, f"{folder}/{case.name}", files[case.name]) for case in cases
+    }
 
 
 def compare_gradients(pairs: list[tuple[str, str]]) -> list[tuple[float, str]]:
