@@ -208,21 +208,21 @@ def _loss(batch, mode, output):
     return loss, count, report
 
 
-def run_batch(layout: Layout, case: Case, models) -> list[dict]:
+def _clsa_step(iterator, model):
+    """Megatron's `forward_step_func`: one microbatch through one stage, and the loss of its output."""
+    batch = next(iterator)
+    mode = ForwardMode.from_config(model.module.config, training=True)
+    output = model(
+        batch["tokens"], batch["position_ids"], batch["labels"], loss_mask=batch["loss_mask"], mode=mode
+    )
+    return output, partial(_loss, batch, mode)
+
+
+def run_batch(layout: Layout, case: Case, models, forward_step=_clsa_step) -> list[dict]:
     """Forward and backward of one global batch; what the last stage reports of each microbatch."""
-    config = models[0].module.config
     for model in models:
         model.zero_grad_buffer()
         model.train()
-
-    def forward_step(iterator, model):
-        batch = next(iterator)
-        mode = ForwardMode.from_config(config, training=True)
-        output = model(
-            batch["tokens"], batch["position_ids"], batch["labels"], loss_mask=batch["loss_mask"], mode=mode
-        )
-        return output, partial(_loss, batch, mode)
-
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[batches(case) for _ in models] if layout.vpp else batches(case),
@@ -368,10 +368,19 @@ def compare_gradients(pairs: list[tuple[str, str]]) -> list[tuple[float, str]]:
 
 def gradient_errors(expected_folder: str, actual_folder: str) -> dict[str, float]:
     """Of every parameter, the largest difference relative to the expected tensor's largest element."""
+    return _differences(expected_folder, actual_folder, lambda x: x.abs().max())
+
+
+def gradient_distances(expected_folder: str, actual_folder: str) -> dict[str, float]:
+    """Of every parameter, the difference's Euclidean norm relative to the expected tensor's."""
+    return _differences(expected_folder, actual_folder, lambda x: x.double().norm())
+
+
+def _differences(expected_folder: str, actual_folder: str, size) -> dict[str, float]:
     expected, actual = map(dist_checkpointing.load_plain_tensors, (expected_folder, actual_folder))
     assert expected.keys() == actual.keys(), expected.keys() ^ actual.keys()
     return {
-        key: float((tensor - actual[key]).abs().max() / tensor.abs().max().clamp(min=1e-6))
+        key: float(size(tensor - actual[key].to(tensor.device)) / size(tensor).clamp(min=1e-6))
         for key, tensor in expected.items()
         if torch.is_tensor(tensor)
     }
