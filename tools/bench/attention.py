@@ -14,12 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_clsa.kernels import dispatch
+from megatron_clsa.kernels.mask_plan import MaskPlan, mask_bytes, mask_queries
 from megatron_clsa.kernels.rows import causal_rows
+from megatron_clsa.kernels.sparse_choice import MOST_MASK_BYTES
 
 HEADS, GROUPS, DIM, SELECTED, WINDOW, LAYERS = 20, 4, 128, 2048, 512, 16
 SCALE = DIM**-0.5
 # Neighbours that share 7/8: 25 consecutive queries need about 4 k = 8192 keys.
 KINDS = {"": 8, "_random": 1}
+# First word of a metric and the implementation it forces; `sparse` is what the dispatcher chooses.
+FORCED = {"sparse": "auto", "union": "union", "masked": "masked"}
 
 
 def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -63,25 +67,40 @@ def _sparse(settings: Settings, length: int, inputs: list[Tensor], suffix: str, 
     """Plan, forward, forward and backward of one kind of index."""
     rows, k = causal_rows(1, length, settings.device), min(SELECTED, length // 4)
     index = overlapping_index(length, k, stay, settings.device)
-    plan = partial(dispatch.build_plan, index, rows, length, HEADS // GROUPS)
     shared = f"neighbours share {1 - 1 / stay:.3f}"
-    yield Comparison(
-        metric=f"sparse_plan{suffix}_{length_name(length)}_ms",
-        shape=f"s {length}, k {k}, {shared}; serves {LAYERS} layers",
-        ours=plan,
-        bytes=float(index.nbytes),
-    )
-    made = plan()
-    sparse = partial(_first, partial(dispatch.sparse_attention, *inputs, index, rows, SCALE, made))
-    for name, backward in (("fwd", False), ("fwd_bwd", True)):
+    dense = {"cuDNN dense causal": partial(cudnn, *inputs)}
+    words = mask_bytes(1, length, length, mask_queries(HEADS // GROUPS))
+    for word, kernel in FORCED.items():
+        if kernel == "masked" and words > MOST_MASK_BYTES:
+            continue
+        peers = dense if kernel == "auto" else {}
+        plan = partial(dispatch.build_plan, index, rows, length, HEADS // GROUPS, kernel)
         yield Comparison(
-            metric=f"sparse_attention_{name}{suffix}_{length_name(length)}_ms",
-            shape=f"{HEADS}/{GROUPS} heads of {DIM}, s {length}, k {k}, {shared}, {str(settings.dtype)[6:]}",
-            ours=_both(sparse, inputs, backward),
-            peers={"cuDNN dense causal": _both(partial(cudnn, *inputs), inputs, backward)},
-            flops=float((index >= 0).sum()) * 4 * HEADS * DIM * (3.5 if backward else 1),
-            extra={"union_rows": made.union_rows} if made else {},
+            metric=f"{word}_plan{suffix}_{length_name(length)}_ms",
+            shape=f"s {length}, k {k}, {shared}; serves {LAYERS} layers",
+            ours=plan,
+            bytes=float(index.nbytes),
         )
+        made = plan()
+        sparse = partial(_first, partial(dispatch.sparse_attention, *inputs, index, rows, SCALE, made))
+        for name, backward in (("fwd", False), ("fwd_bwd", True)):
+            heads = f"{HEADS}/{GROUPS} heads of {DIM}"
+            yield Comparison(
+                metric=f"{word}_attention_{name}{suffix}_{length_name(length)}_ms",
+                shape=f"{heads}, s {length}, k {k}, {shared}, {str(settings.dtype)[6:]}",
+                ours=_both(sparse, inputs, backward),
+                peers={peer: _both(call, inputs, backward) for peer, call in peers.items()},
+                flops=float((index >= 0).sum()) * 4 * HEADS * DIM * (3.5 if backward else 1),
+                extra=_executed(made),
+            )
+        del made, sparse
+
+
+def _executed(plan) -> dict:
+    """Which implementation a plan is for, and how much it executes."""
+    if isinstance(plan, MaskPlan):
+        return {"kernel": "masked", "live_blocks": plan.live_blocks}
+    return {"kernel": "union", "union_rows": plan.union_rows} if plan else {}
 
 
 def _dense(settings: Settings, length: int, inputs: list[Tensor]):
