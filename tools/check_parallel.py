@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 on GPUs, fp32 otherwise")
     parser.add_argument("--impl", choices=IMPLS, help="transformer_engine where it can be used, else local")
     parser.add_argument("--no-resume", action="store_true", help="leave out resume and reshard")
-    parser.add_argument("--limit", type=float, help="seconds that a layout may take (240; 90 on GPUs)")
+    parser.add_argument("--limit", type=float, help="seconds that a layout may take (240; 120 on GPUs)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, each as it is known")
     return parser
 
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--json {args.json}: its folder does not exist; make it first")
     _head()
     setting = {"ranks": world, "backend": backend_for(world), "dtype": dtype, "impl": impl}
-    ranks, rows = Ranks(world, args.limit or (90.0 if on_gpu else LIMIT)), []
+    ranks, rows = Ranks(world, args.limit or (120.0 if on_gpu else LIMIT)), []
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -61,7 +61,7 @@ class Child:
         """The next answer, which must be there. Raises AssertionError with the rank's traceback."""
         try:
             value, error = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             value, error = None, "its process ended without an answer"
         assert error is None, f"rank {self.rank} failed:\n{error}"
         return value
@@ -131,7 +131,7 @@ def _serve(pipe, rank: int, threads: int) -> None:
     while True:
         try:
             world, port, backend, limit, function, args = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         faulthandler.dump_traceback_later(0.9 * limit, file=sys.__stderr__)  # where it hangs
         try:

@@ -69,6 +69,10 @@ class Ranks:
         """What each rank returned."""
         return _together(self.children, self.backend, self.limit, function, *args)
 
+    def among(self, world: int, function, *args) -> list:
+        """What each of the first `world` ranks returned."""
+        return _together(self.children[:world], backend_for(world), self.limit, function, *args)
+
     def in_parts(self, parts: int, function, *args) -> Iterator[list]:
         """For each of the `parts` values that `function` yields, what each rank yielded."""
         _submit(self.children, self.backend, self.limit, function, *args)

@@ -1,0 +1,111 @@
+"""Megatron-Core's own dense GPT of the same width, to hold CLSA's speed against.
+
+Owns how it is built. With Transformer Engine it is Megatron's layer and Megatron's context parallelism (a
+ring of K, V blocks); without, Megatron's local layer has no context parallelism and no fused attention, so
+it gets this repository's FlashAttention and an all-gather of K, V in each layer.
+"""
+
+from dataclasses import fields
+from functools import lru_cache, partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models import unimodal_build_distributed_models
+
+from megatron_clsa.kernels import dispatch
+from megatron_clsa.kernels.rows import RowRange
+from megatron_clsa.model.layer_specs import local_spec
+from megatron_clsa.model.norm import RMSNorm
+from megatron_clsa.parallel.context import gather_sequence, local_positions
+from multirank.layouts import Case, Layout, make_config
+
+NAMES = {
+    "transformer_engine": "megatron-core GPT, dense, Transformer Engine",
+    "local": "megatron-core GPT, dense, local layers with our FlashAttention",
+}
+
+
+class GatheredAttention(MegatronModule):
+    """Causal attention over the keys of all context-parallel ranks, gathered in every layer."""
+
+    def __init__(self, config, pg_collection=None, **unused):
+        super().__init__(config)
+        self.cp_group = pg_collection.cp
+
+    def forward(self, query, key, value, attention_mask=None, **unused):
+        """`[s/cp, b, h/tp, d]` and `[s/cp, b, g/tp, d]` -> `[s/cp, b, h/tp * d]`."""
+        key, value = gather_sequence(torch.cat([key, value], dim=2), self.cp_group).chunk(2, dim=2)
+        rows = _whole_sequence(query.size(0), query.size(1), self.cp_group, query.device)
+        scale = self.config.kv_channels**-0.5
+        tensors = (x.transpose(0, 1) for x in (query, key, value))
+        return dispatch.dense_attention(*tensors, rows, scale)[0].transpose(0, 1).flatten(2)
+
+
+@lru_cache(maxsize=2)
+def _whole_sequence(seq_local: int, batch: int, cp_group, device) -> RowRange:
+    end = local_positions(seq_local, cp_group, device).to(torch.int32).expand(batch, -1)
+    return RowRange(torch.zeros_like(end), end)
+
+
+def _config(layout: Layout, case: Case) -> TransformerConfig:
+    """The same widths and layout without what CLSA adds."""
+    ours = make_config(layout, case)
+    same = {field.name: getattr(ours, field.name) for field in fields(TransformerConfig) if field.init}
+    own = dict(window_size=None, variable_seq_lengths=False, moe_token_dispatcher_type="allgather")
+    return TransformerConfig(**same | own)
+
+
+def _layers(config: TransformerConfig, clsa_config, impl: str, vp_stage):
+    if impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = local_spec(clsa_config).self_layer
+    layer.submodules.self_attention.submodules.core_attention = GatheredAttention
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def build_gpt(layout: Layout, case: Case) -> list:
+    """Model chunks of this rank, wrapped in DDP with the distributed optimizer's buffers."""
+    config, work = _config(layout, case), case.work
+
+    def one_stage(pg_collection, pre_process=None, post_process=None, vp_stage=None):
+        pp = pg_collection.pp
+        return GPTModel(
+            config,
+            _layers(config, make_config(layout, case), work.impl, vp_stage),
+            work.vocab,
+            work.seq,
+            pre_process=pp.rank() == 0 if pre_process is None else pre_process,
+            post_process=pp.rank() == pp.size() - 1 if post_process is None else post_process,
+            position_embedding_type="rope",
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+
+    models = unimodal_build_distributed_models(
+        one_stage,
+        config,
+        ProcessGroupCollection.use_mpu_process_groups(),
+        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        mixed_precision_wrapper=Float16Module if config.bf16 else None,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return models
+
+
+def gpt_step(iterator, model):
+    """Megatron's `forward_step_func` of this model."""
+    batch = next(iterator)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask, output):
+    loss, count = (output.float() * mask).sum(), mask.sum().int()
+    return loss, count, {"lm": loss.detach(), "count": count}
