@@ -135,12 +135,18 @@ def _common(args, name: str, layout, case, impl: str) -> dict:
 
 
 def _step_rows(args, ranks, name: str, layout, case, impl: str) -> list[dict]:
-    from multirank import predicted, timing
+    from multirank import predicted
     from multirank.dense_gpt import NAMES
 
-    answers = ranks.among(
-        layout.world, timing.timed, layout, case, not args.no_peer, args.steps, args.seconds, True
-    )
+    try:
+        parts = _timed(args, ranks, layout, case, not args.no_peer)
+        answers = next(parts)
+    except AssertionError as error:
+        if args.no_peer:
+            raise
+        print(f"  {name} fails with its peer, tried without: {error}", flush=True)
+        parts = _timed(args, ranks, layout, case, False)
+        answers = next(parts)
     value, peer = (_milliseconds(answers, side) for side in ("ours", "peer"))
     tokens = case.work.seq * case.work.num_micro
     row = {
@@ -155,13 +161,30 @@ def _step_rows(args, ranks, name: str, layout, case, impl: str) -> list[dict]:
         "peer_tokens_per_second": round(tokens / peer * 1e3, 1) if peer else None,
         "peak_memory_gib": round(max(found["ours_peak_bytes"] for found in answers) / 2**30, 2),
         **predicted.of_step(layout, case, impl, value),
-        "counted_mib": _busiest([found["ours_links"] for found in answers]),
-        "nccl_ms": {key: round(ms, 3) for key, ms in answers[0]["ours_nccl"].items()},
     }
-    if peer:
-        row["peer_counted_mib"] = _busiest([found["peer_links"] for found in answers])
-        row["peer_nccl_ms"] = {key: round(ms, 3) for key, ms in answers[0]["peer_nccl"].items()}
-    return [row]
+    return [row | _trace(parts)]
+
+
+def _timed(args, ranks, layout, case, peer: bool):
+    from multirank import timing
+
+    arguments = layout, case, peer, args.steps, args.seconds
+    return ranks.in_parts(2, timing.timed, *arguments, world=layout.world)
+
+
+def _trace(parts) -> dict:
+    """Bytes and NCCL time of each side; a trace that fails leaves the times as they are."""
+    try:
+        traces = next(parts)
+    except AssertionError as error:
+        print(f"  no trace: {error}", flush=True)
+        return {}
+    found = {}
+    for side, prefix in (("ours", ""), ("peer", "peer_")):
+        if side in traces[0]:
+            found[f"{prefix}counted_mib"] = _busiest([trace[side][0] for trace in traces])
+            found[f"{prefix}nccl_ms"] = {key: round(ms, 3) for key, ms in traces[0][side][1].items()}
+    return found
 
 
 def _milliseconds(answers: list[dict], side: str) -> float | None:
@@ -233,15 +256,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name, (family, layout, seq, micro) in cases.items():
             rows_of = _exchange_rows if family == "exchanges" else _step_rows
+            case = _case(args, impl, seq, micro)
             try:
-                rows = rows_of(args, ranks, name, layout, _case(args, impl, seq, micro), impl)
+                rows = rows_of(args, ranks, name, layout, case, impl)
             except AssertionError as error:  # of one case; the others have their turn
                 print(f"FAIL {name}: {error}", flush=True)
                 failed += 1
-                continue
+                rows = []
             for row in rows:
                 _show(row)
-            if out:
+            if out and rows:
                 merge_rows(out, rows)
             print(f"  {time.monotonic() - started:.0f} s", flush=True)
     finally:

@@ -99,12 +99,24 @@ def main(arguments: list[str] | None = None) -> int:
         return (
             0  # torchrun's first process starts a rank of its own for each GPU, whom it can end if it hangs
         )
-    from multirank import check
     from multirank.ranks import LIMIT, Ranks, backend_for
+
+    on_gpu = torch.cuda.is_available()
+    ranks = Ranks(world, args.limit or (120.0 if on_gpu else LIMIT))
+    if on_gpu:
+        ranks.start()  # they import what this process imports now, at the same time
+    try:
+        return _run(args, world, ranks, backend_for(world), on_gpu)
+    finally:
+        ranks.close()
+
+
+def _run(args, world: int, ranks, backend: str, on_gpu: bool) -> int:
+    from multirank import check
 
     known = check.layouts_of(world)
     layouts = {name: known[name] for name in _chosen("--layouts", args.layouts, list(known))}
-    on_gpu, impl = torch.cuda.is_available(), _impl(args.impl)
+    impl = _impl(args.impl)
     dtype = args.dtype or ("bf16" if on_gpu else "fp32")
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     cases = check.cases_of(world, torch_dtype, impl, check.SMALL if on_gpu else check.TINY)
@@ -113,18 +125,14 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
         raise UserError(f"--json {args.json}: its folder does not exist; make it first")
     _head()
-    setting = {"ranks": world, "backend": backend_for(world), "dtype": dtype, "impl": impl}
-    ranks, rows = Ranks(world, args.limit or (120.0 if on_gpu else LIMIT)), []
-    started = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            ranks.start()
-            for row in check.check_layouts(ranks, layouts, cases, folder, not args.no_resume):
-                rows.append(row | {"at": round(time.monotonic() - started, 1)})
-                _show(row)
-                _write(rows, args.json, setting)
-    finally:
-        ranks.close()
+    setting = {"ranks": world, "backend": backend, "dtype": dtype, "impl": impl}
+    started, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        ranks.start()
+        for row in check.check_layouts(ranks, layouts, cases, folder, not args.no_resume):
+            rows.append(row | {"at": round(time.monotonic() - started, 1)})
+            _show(row)
+            _write(rows, args.json, setting)
     passed = sum(row["ok"] for row in rows)
     words = ", ".join(f"{key} {value}" for key, value in setting.items())
     print(f"{passed} of {len(rows)} rows equal one process; {words}, {time.monotonic() - started:.0f} s")

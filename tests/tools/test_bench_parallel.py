@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import bench_parallel
 from multirank import timing
 
-FIELDS = "metric value unit peer peer_value ratio shape machine date command ceiling".split()
+WORDS = "metric value unit peer peer_value ratio shape machine date command ceiling"
 
 
 def test_both_models_are_timed_and_their_bytes_counted(tmp_path, capsys):
@@ -20,7 +20,7 @@ def test_both_models_are_timed_and_their_bytes_counted(tmp_path, capsys):
     assert bench_parallel.main([*words, "--out", str(out)]) == 0, capsys.readouterr().out
     rows = {row["metric"]: row for row in json.loads(out.read_text())}
     assert set(rows) == {"strong_cp2_32_ms", "gather_cp2_64_us", "halo_cp2_64_us"}
-    assert all(field in row for row in rows.values() for field in FIELDS)
+    assert all(field in row for row in rows.values() for field in WORDS.split())
     step = rows["strong_cp2_32_ms"]
     assert step["ratio"] == pytest.approx(step["value"] / step["peer_value"], rel=1e-3)
     assert step["counted_mib"]["CP"] == pytest.approx(step["estimated_mib"]["CP"], rel=0.01)

@@ -43,6 +43,7 @@ class Child:
         """Start the process unless it runs; returns at once."""
         if self.process is not None:
             return
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as in training; read when CUDA starts
         hide = self.on_cpu and torch.cuda.is_available()
         context = _context()
         self.pipe, other = context.Pipe()
@@ -149,7 +150,6 @@ def _serve(pipe, rank: int, threads: int) -> None:
 def _prepare(rank: int, threads: int) -> None:
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
         del os.environ[name]  # these ranks meet at a store of their own
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as in training, before CUDA starts
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)
@@ -160,7 +160,10 @@ def _prepare(rank: int, threads: int) -> None:
 
     write_in_process()
     if torch.cuda.is_available():
+        import multirank.layouts  # noqa: F401  (what the first call needs, while the parent prepares it)
+
         torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.zeros(1, device="cuda")
 
 
 def _meet(rank: int, world: int, port: int, backend: str) -> None:
@@ -178,9 +181,11 @@ def _part() -> None:
     """Leave nothing of a call to the next: groups, their NCCL buffers, the allocator's cache."""
     from megatron.core import parallel_state
 
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()  # no group ends while another rank still receives from this one
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -73,11 +73,12 @@ class Ranks:
         """What each of the first `world` ranks returned."""
         return _together(self.children[:world], backend_for(world), self.limit, function, *args)
 
-    def in_parts(self, parts: int, function, *args) -> Iterator[list]:
-        """For each of the `parts` values that `function` yields, what each rank yielded."""
-        _submit(self.children, self.backend, self.limit, function, *args)
+    def in_parts(self, parts: int, function, *args, world: int | None = None) -> Iterator[list]:
+        """For each of the `parts` values that `function` yields, what each rank (the first `world`) did."""
+        children = self.children[:world]
+        _submit(children, backend_for(len(children)), self.limit, function, *args)
         for _ in range(parts):
-            yield collect(self.children, self.limit)
+            yield collect(children, self.limit)
 
     def alone(self, function, *args, limit: float | None = None):
         """What rank 0 returns in a world of its own."""

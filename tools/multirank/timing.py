@@ -6,6 +6,7 @@ Owns the clock, the trace of collectives and the two single exchanges; what is t
 
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -67,11 +68,10 @@ def _wait() -> None:
     _synchronize()
 
 
-def timed(layout: Layout, case: Case, peer: bool, count: int, seconds: float, trace: bool) -> dict:
-    """Seconds of `count` steps of each side, in turns, after two that are not counted.
-
-    Fewer steps than `count`, at least one, where all ranks together have used `seconds`. With `trace` also
-    the bytes by link of one further step and the time of its NCCL kernels.
+def timed(layout: Layout, case: Case, peer: bool, count: int, seconds: float) -> Iterator[dict]:
+    """Two answers. First the seconds of `count` steps of each side, in turns, after two that are not counted:
+    fewer steps than `count`, at least one, where the case has taken `seconds`. Then the bytes by link of one
+    further step of each side, and the time of the NCCL kernels of another.
     """
     started = time.perf_counter()
     sides = {"ours": Trainee(layout, case, False)}
@@ -87,10 +87,8 @@ def timed(layout: Layout, case: Case, peer: bool, count: int, seconds: float, tr
             found[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
         if number >= WARM_UP and _any_late(time.perf_counter() - started > seconds):
             break
-    if trace:
-        for name, side in sides.items():
-            found[f"{name}_links"], found[f"{name}_nccl"] = _traced(side)
-    return found
+    yield found
+    yield {name: _traced(side) for name, side in sides.items()}
 
 
 def _any_late(late: bool) -> bool:
