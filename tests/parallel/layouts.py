@@ -25,3 +25,4 @@ from multirank.layouts import (  # noqa: F401
     step,
     steps,
 )
+from multirank.resume import updated  # noqa: F401

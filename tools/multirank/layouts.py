@@ -5,6 +5,7 @@ Owns the step and what is kept of it; not who starts the ranks (`ranks.py`) nor 
 
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -322,13 +323,19 @@ def digest(index) -> str:
 
 def save_gradients(models, folder: str) -> None:
     """Every parameter's, under its name in a checkpoint."""
+    save_in_place_of_weights(models, folder, _gradient)
+
+
+def _gradient(weight: torch.nn.Parameter) -> torch.Tensor:
+    return weight.main_grad.clone() if hasattr(weight, "main_grad") else torch.zeros_like(weight)
+
+
+def save_in_place_of_weights(models, folder: str, value: Callable) -> None:
+    """`value(parameter)` of every parameter, under its name in a checkpoint."""
     state = sharded(models)
     for entry in nested_values(state):
-        data = getattr(entry, "data", None)
-        if hasattr(data, "main_grad"):
-            entry.data = data.main_grad.clone()
-        elif isinstance(data, torch.nn.Parameter):
-            entry.data = torch.zeros_like(data)
+        if isinstance(getattr(entry, "data", None), torch.nn.Parameter):
+            entry.data = value(entry.data).detach()
     if dist.get_rank() == 0:
         os.makedirs(folder, exist_ok=True)
     dist.barrier()

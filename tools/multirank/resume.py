@@ -1,6 +1,7 @@
-"""Optimizer steps that one layout saves and another resumes: weights and Adam's moments, resharded.
+"""Optimizer steps: those of one layout beside another's, and those that one saves and another resumes.
 
-Owns one step of the chain; the order of the layouts is `check.py`'s. The optimizer is the distributed one.
+Owns the steps; the order of the layouts is `check.py`'s. The optimizer is Megatron's, as a rule the
+distributed one, which shards Adam's moments over data-parallel and context-parallel ranks.
 """
 
 import os
@@ -9,22 +10,32 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from multirank.layouts import Case, Layout, build, load_weights, metadata, reduce_reports, run_batch, sharded
+from multirank.layouts import (
+    Case,
+    Layout,
+    build,
+    load_weights,
+    metadata,
+    reduce_reports,
+    run_batch,
+    save_in_place_of_weights,
+    sharded,
+)
 
 LEARNING_RATE = 1e-3
 
 
-def _optimizer(models, case: Case):
+def _optimizer(models, case: Case, distributed: bool = True, rate: float = LEARNING_RATE, eps: float = 1e-6):
     settings = OptimizerConfig(
         optimizer="adam",
-        lr=LEARNING_RATE,
-        min_lr=LEARNING_RATE,
+        lr=rate,
+        min_lr=rate,
         weight_decay=0.1,
-        adam_eps=1e-6,
+        adam_eps=eps,
         clip_grad=1.0,
         bf16=models[0].module.config.bf16,
         params_dtype=case.work.dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=distributed,
     )
     return get_megatron_optimizer(settings, models)
 
@@ -74,3 +85,26 @@ def uninterrupted(case: Case, weights: str, target: str, count: int) -> list[dic
             os.makedirs(target, exist_ok=True)
             dist_checkpointing.save(_state(models, optimizer, loading=False), target)
     return losses
+
+
+def updated(layout: Layout, case: Case, weights: str, folder: str, distributed: bool = True) -> dict:
+    """Two updates. Saves to `folder` how far each weight went.
+
+    Adam divides a gradient by its own size plus `eps`: a large one keeps rounding in small gradients small. A
+    large learning rate keeps the way that a weight goes above the rounding of the weight.
+
+    Returns:
+        Losses before each update, None but on last-stage ranks, and the norm of each whole gradient.
+    """
+    models = build(layout, case, distributed_optimizer=distributed)
+    load_weights(models, weights)
+    start = {parameter: parameter.detach().clone() for model in models for parameter in model.parameters()}
+    optimizer = _optimizer(models, case, distributed, rate=1.0, eps=0.1)
+    optimizer.reload_model_params()
+    losses, norms = [], []
+    for _ in range(2):
+        optimizer.zero_grad()
+        losses.append(reduce_reports(run_batch(layout, case, models)))
+        norms.append(float(optimizer.step()[1]))
+    save_in_place_of_weights(models, folder, lambda weight: weight - start[weight])
+    return {"losses": losses, "norms": norms}
