@@ -155,6 +155,21 @@ def _patch_type_strings():
     torch.Tensor.type = type_name
 
 
+@contextlib.contextmanager
+def _without_compiling():
+    """Where it is imported, megatron-core hands its fused functions to torch.compile.
+
+    That imports torch's compiler, half of the seconds that a process takes to start. On a CPU the functions
+    run as they are written; a C++ compiler is not asked for.
+    """
+    original = torch.compile
+    torch.compile = lambda function=None, **options: function or (lambda later: later)
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
 def _patch_fused_adam():
     """Without TE or apex, resuming the distributed optimizer fails on AdamW's per-parameter `step`.
 
@@ -186,10 +201,11 @@ def patch_training():
 def wrap_training(name: str, around: Callable | None):
     """Call `around(original, ...)` in place of a function of `megatron.training.training`; None undoes it.
 
-    Four have no hook upstream: `training_log`, the one place that sees every figure of a step, `train`,
-    which never evaluates before its first step, `load_checkpoint`, which cannot keep the optimizer's
-    moments and restart the schedule, and `setup_model_and_optimizer`, which hands its model to nobody
-    who could take it apart.
+    These have no hook upstream: `training_log`, the one place that sees every figure of a step, `train`,
+    which never evaluates before its first step, `train_step`, which guards and the teacher stand around,
+    `load_checkpoint`, which cannot keep the optimizer's moments and restart the schedule,
+    `setup_model_and_optimizer`, which hands its model to nobody who could take it apart, and
+    `print_rank_last` and `report_theoretical_memory`, whose lines ours replace.
     """
     training = import_module("megatron.training.training")
     original = getattr(getattr(training, name), "original", getattr(training, name))
@@ -240,9 +256,10 @@ def _install():
             _patch_device_properties,
             _patch_factories,
             _patch_type_strings,
-            _patch_tracker_random_state,
         ):
             patch()
+        with _without_compiling():
+            _patch_tracker_random_state()  # the first to import megatron.core
     _patch_fused_adam()
 
 
