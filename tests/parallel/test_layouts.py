@@ -3,8 +3,8 @@
 And, with the distributed optimizer, the same updated weights as one process without it.
 
 Tolerances: sums over ranks are taken in another order than in one process; in fp32 that moves a gradient by a
-few units in the last place of its largest element (2e-6 of it observed at most), and losses by 1e-6. The second
-update starts from weights that differ by as much, and its gradient with them (1e-5 observed).
+few units in the last place of its largest element (2e-6 of it observed at most), and losses by 1e-6. The
+second update starts from weights that differ by as much, and its gradient with them (1e-5 observed).
 """
 
 import pytest
