@@ -273,3 +273,21 @@ def test_long_sequences_equal_streaming_torch(seq, index_size):
     expected = streaming_kd(query[:, at], key, lse[:, :, at], *small, sampled, chosen, *scales)
     gradients = torch.autograd.grad(expected.sum(), small)
     assert_close((ce[:, at], dq[:, at], dk), (expected, *gradients), 1.5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seq", [64, 300, 3000])
+@pytest.mark.parametrize("heads", [(20, 4), (2, 2), (16, 1)])
+def test_the_hopper_sweep_equals_the_reference_and_the_other_one(heads, seq, monkeypatch):
+    """Documents and a batch, lengths that divide nothing, group sizes from 1 to 16."""
+    shape = dict(b=2, sq=seq, h=heads[0], g=heads[1], d=128, d_idx=128)
+    case, _, lse = drawn(torch.bfloat16, rows=packed_rows(2, seq, [700, 31, 1], DEVICE), **shape)
+    assert kd_launch.on_hopper(case.query, case.q_idx)
+    runs = []
+    for tiles in (Tiles(hopper=True), Tiles(hopper=True), Tiles()):
+        monkeypatch.setattr(indexer_kd, "default_tiles", lambda *tensors, tiles=tiles: tiles)
+        runs.append(by_sum(case, None, lse, row_weight(case)))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    expected = exact(case, None, row_weight(case))
+    for run in runs[1:]:
+        assert_close(run, expected, TOLERANCE[torch.bfloat16])
