@@ -10,10 +10,10 @@ from torch import Tensor
 from megatron_clsa.kernels import cudnn, flash, indexer_kd, indexer_topk, masked_attention, union_attention
 from megatron_clsa.kernels import streaming_kd as _kd
 from megatron_clsa.kernels import window as _window
-from megatron_clsa.kernels.mask_plan import MaskPlan, build_mask_plan, mask_queries
-from megatron_clsa.kernels.plan import UnionPlan, build_union_plan, queries_of_tile
+from megatron_clsa.kernels.mask_plan import MaskPlan
+from megatron_clsa.kernels.plan import UnionPlan
 from megatron_clsa.kernels.rows import RowRange
-from megatron_clsa.kernels.sparse_choice import UNION_ROWS, Kernel, choose
+from megatron_clsa.kernels.sparse_choice import Kernel, make_plan
 from megatron_clsa.kernels.streaming_attention import streaming_attention
 from megatron_clsa.kernels.streaming_topk import streaming_topk
 
@@ -52,11 +52,7 @@ def build_plan(
     """
     if not index.is_cuda:
         return None
-    if kernel == "auto":
-        kernel = choose(index, rows, num_keys, group_size)
-    if kernel == "masked":
-        return build_mask_plan(index, rows, num_keys, mask_queries(group_size))
-    return build_union_plan(index, rows, num_keys, queries_of_tile(group_size, UNION_ROWS))
+    return make_plan(index, rows, num_keys, group_size, kernel)
 
 
 def sparse_attention(

@@ -10,12 +10,19 @@ from typing import Literal
 import triton
 from torch import Tensor
 
-from megatron_clsa.kernels.mask_plan import KEY_BLOCK, live_key_blocks, mask_bytes, mask_queries, padded_keys
-from megatron_clsa.kernels.plan import BLOCK, member_words, queries_of_tile
+from megatron_clsa.kernels.mask_plan import (
+    KEY_BLOCK,
+    MaskPlan,
+    build_mask_plan,
+    live_key_blocks,
+    mask_bytes,
+    mask_queries,
+    padded_keys,
+)
+from megatron_clsa.kernels.plan import BLOCK, UnionPlan, build_union_plan, member_words, queries_of_tile
 from megatron_clsa.kernels.rows import RowRange
 
 Kernel = Literal["auto", "union", "masked"]
-KERNELS = ("auto", "union", "masked")
 
 UNION_ROWS = 64  # rows of a union tile. 128 cost more FLOPs than they save gathers, unless an index is random
 MOST_MASK_BYTES = 4 << 30  # 128K tokens of 5 heads a KV head take 2.7 GiB
@@ -50,6 +57,17 @@ class PlanSizes:
     def masked_cost(self) -> float:
         """Nanoseconds a KV head of 128 dims; a block has 128 rows, two union tiles' worth."""
         return MASKED_NS * self.live_blocks * KEY_BLOCK * 2
+
+
+def make_plan(
+    index: Tensor, rows: RowRange, num_keys: int, group_size: int, kernel: Kernel = "auto"
+) -> UnionPlan | MaskPlan:
+    """The plan of `index [b, sq, k]` for `kernel`, or for the one that `choose` names."""
+    if kernel == "auto":
+        kernel = choose(index, rows, num_keys, group_size)
+    if kernel == "masked":
+        return build_mask_plan(index, rows, num_keys, mask_queries(group_size))
+    return build_union_plan(index, rows, num_keys, queries_of_tile(group_size, UNION_ROWS))
 
 
 def choose(index: Tensor, rows: RowRange, num_keys: int, group_size: int) -> str:

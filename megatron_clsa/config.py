@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_clsa.errors import UserError
 
 CrossAttentionKind = Literal["dense", "sparse"]
+SparseAttentionKernel = Literal["auto", "union", "masked"]
 KDLossKind = Literal["off", "full", "selected"]
 Trainable = Literal["all", "backbone", "indexer"]
 
@@ -46,6 +47,9 @@ class CLSAConfig(TransformerConfig):
 
     cross_attention: CrossAttentionKind = "sparse"
     """Whether the cross-decoder reads the whole memory or the selected positions."""
+
+    sparse_attention_kernel: SparseAttentionKernel = "auto"
+    """Sparse attention on GPUs: union tiles gather keys, masked ones skip blocks; auto takes the faster."""
 
     kd_loss: KDLossKind = "off"
     """Support of the distillation loss: every visible position, or the selected ones renormalised."""
@@ -140,6 +144,7 @@ def _check_divisibility(config) -> None:
 def _check_choices(config) -> None:
     for name, choices in (
         ("cross_attention", ("dense", "sparse")),
+        ("sparse_attention_kernel", ("auto", "union", "masked")),
         ("kd_loss", ("off", "full", "selected")),
         ("trainable", ("all", "backbone", "indexer")),
     ):

@@ -93,6 +93,7 @@ def _check_platform(args):
         "fp8_format": bool(args.fp8),
         "cuda_graph_impl": args.cuda_graph_impl != "none",
         "use_megatron_fsdp": args.use_megatron_fsdp,
+        "sparse_attention_kernel": args.sparse_attention_kernel != "auto",
     }
     for name, asked in gpu_only.items():
         if asked:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from megatron_clsa.hf import kernels_clsa
 from megatron_clsa.kernels import dispatch
 from megatron_clsa.kernels.indexer_topk import triton_topk
-from megatron_clsa.kernels.plan import build_union_plan, queries_of_tile
+from megatron_clsa.kernels.sparse_choice import make_plan
 
 NAME = kernels_clsa.NAME
 
@@ -92,11 +92,7 @@ def test_cached_chunks_equal_one_pass(kind, calls):
 @torch.no_grad()
 def test_triton_in_the_interpreter_gives_the_same_logits(monkeypatch):
     kernels, masks = pair()
-
-    def plan(index, rows, num_keys, group):
-        return build_union_plan(index, rows, num_keys, queries_of_tile(group, dispatch.UNION_ROWS))
-
-    monkeypatch.setattr(dispatch, "build_plan", plan)
+    monkeypatch.setattr(dispatch, "build_plan", make_plan)
     monkeypatch.setattr(dispatch, "topk_index", triton_topk)
     given = left_padded()
     actual, expected = kernels(**given).logits, masks(**given).logits

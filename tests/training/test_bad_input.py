@@ -57,6 +57,11 @@ FLAGS = {
     "NCCL without GPU": (["--distributed-backend=nccl"], ["--distributed-backend nccl", "GPU"]),
     "TE without GPU": (["--transformer-impl=transformer_engine"], ["--transformer-impl", "GPU"]),
     "FP8 without GPU": (["--fp8-format=hybrid"], ["--fp8-format hybrid", "GPU"]),
+    "GPU kernel without GPU": (
+        ["--sparse-attention-kernel=masked"],
+        ["--sparse-attention-kernel masked", "GPU"],
+    ),
+    "unknown kernel": (["--sparse-attention-kernel=best"], ["--sparse-attention-kernel", "union"]),
     "not a number of ranks": (["--nproc-per-node=two"], ["--nproc-per-node two"]),
     "no phase": (["--phases=,"], ["--phases", "dense, warmup, sparse"]),
     "another model": (["--position-embedding-type=none"], ["--position-embedding-type none", "rope"]),
