@@ -26,6 +26,14 @@ def test_paths_that_a_page_names_exist(page):
     assert not [name for name in sorted(named) if not (ROOT / name).exists() and not _is_made(name)]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_source_files_that_a_page_names_exist(page):
+    """`model/decoder.py` is short for the package's."""
+    homes = (ROOT, ROOT / "megatron_clsa", ROOT / "tests")
+    named = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|sh))`", page.read_text()))
+    assert not [name for name in sorted(named) if not any((home / name).exists() for home in homes)]
+
+
 def _is_made(name: str) -> bool:
     """`slurm/site.env` is the user's own copy of the example beside it."""
     return (ROOT / f"{name}.example").exists()
