@@ -94,7 +94,7 @@ def live_key_blocks(words: Tensor) -> Tensor:
     return live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _find_live(WORDS, LIVE, blocks, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
     """Whether any word of each of `AT_ONCE` blocks of a tile is set."""
     tile = tl.program_id(0).to(tl.int64)

@@ -13,7 +13,7 @@ import triton.language as tl
 from megatron_clsa.kernels.masked_forward import block_rows, part_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "sq"])
 def pack_rows(
     Q, OUT, DOUT, LSE, DLSE, PACKED_Q, PACKED_DOUT, LSE2, DELTA, BIT, tiles, sq,
     q_b, q_s, q_h, o_b, o_s, o_h, do_b, do_s, do_h,
@@ -44,7 +44,7 @@ def pack_rows(
         tl.store(BIT + r, bit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "sq", "sk"])
 def masked_query_gradients(
     Q, DOUT, LSE2, DELTA, K, V, WORDS, OFFSETS, ENTRIES, ORDER, DQ, scale, tiles, sq, sk, width,
     k_b, k_s, k_h, v_b, v_s, v_h,
@@ -81,7 +81,7 @@ def masked_query_gradients(
     tl.store(to, (dq * scale).to(DQ.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "sk"])
 def masked_key_gradients(
     Q, DOUT, LSE2, DELTA, BIT, K, V, WORDS, OFFSETS, ENTRIES, ORDER, DK, DV, scale, tiles, sk, width,
     k_b, k_s, k_h, v_b, v_s, v_h,

@@ -36,7 +36,7 @@ def block_rows(base, start, stride, sk, n, d, WHOLE: tl.constexpr):
     return base + (tl.minimum(start + n, sk - 1).to(tl.int64) * stride)[:, None] + d[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "sq", "sk"])
 def masked_forward(
     Q, K, V, WORDS, OFFSETS, ENTRIES, ORDER, OUT, LSE, scale, tiles, sq, sk, width,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,

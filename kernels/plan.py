@@ -135,7 +135,7 @@ def member_words(
     return words, counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile0", "step", "tiles", "sq", "sk", "width", "k"])
 def _mark(
     INDEX, START, END, WORDS, COUNT, tile0, step, tiles, sq, sk, width, k,
     T: tl.constexpr, BLOCK: tl.constexpr,
@@ -158,7 +158,7 @@ def _mark(
         tl.atomic_add(COUNT + tile, found, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile0", "sk"])
 def _compact(
     WORDS, BEGIN, STOP, FIRST, LAST, KEYS, MEMBERS, tile0, sk, BLOCK: tl.constexpr, PAD: tl.constexpr
 ):

@@ -12,7 +12,7 @@ import triton.language as tl
 from megatron_clsa.kernels.union_forward import tile_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile1", "row0", "tiles", "sq"])
 def union_backward(
     Q, K, V, DOUT, KEYS, MEMBERS, OFFSETS, LSE, DELTA, DQ, ROWS, scale, tile1, row0, tiles, sq,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h,
@@ -55,7 +55,7 @@ def union_backward(
     tl.store(to, (dq * scale).to(DQ.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sq", "h"])
 def row_products(
     OUT, DOUT, DELTA, sq, h, o_b, o_s, o_h, do_b, do_s, do_h, D: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -21,7 +21,7 @@ def tile_rows(tile, tiles, kvh, sq, G: tl.constexpr, T: tl.constexpr, R: tl.cons
     return place, batch, query, kvh * G + r % G, (place < T) & (query < sq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "sq"])
 def union_forward(
     Q, K, V, KEYS, MEMBERS, OFFSETS, ORDER, OUT, LSE, scale, tiles, sq,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
