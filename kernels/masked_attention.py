@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_clsa.kernels import masked_launch as launch
 from megatron_clsa.kernels.mask_plan import LiveBlocks, MaskPlan
-from megatron_clsa.kernels.union_attention import supported
+from megatron_clsa.kernels.union_attention import check_scale, supported
 
 __all__ = ["masked_attention", "supported"]
 
@@ -18,10 +18,9 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, 
     """`(out [b, sq, h, d], lse [b, h, sq] fp32)`; rows without keys give 0 and -inf. Both differentiable.
 
     Raises:
-        ValueError: `scale` is not positive: the kernels take the largest product for the largest score.
+        ValueError: `scale` is not positive.
     """
-    if scale <= 0:
-        raise ValueError(f"scale {scale}: masked tiles need a positive one")
+    check_scale(scale)
     return _attend(query, key, value, *_flat(plan), scale)
 
 

@@ -8,8 +8,7 @@ Axes: R rows of a tile (query T, head G), of which a program takes `ROWS`; n key
 import triton
 import triton.language as tl
 
-# Running maxima begin here: below every score, finite, so that -inf minus it is -inf and never NaN.
-LOWEST = tl.constexpr(-1e30)
+from megatron_clsa.kernels.union_forward import LOWEST
 
 
 @triton.jit

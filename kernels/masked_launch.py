@@ -41,7 +41,7 @@ class Tilings:
 _HALF = {
     64: Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
     128: Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    256: Tilings(Tiling(64, 64, 8, 2), Tiling(64, 64, 8, 1), Tiling(64, 64, 8, 1)),
+    256: Tilings(Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)),  # others spill
 }
 # fp32 products run on the plain arithmetic units, unrolled: small tiles keep them in registers.
 _FULL = Tilings(Tiling(16, 32, 4, 1), Tiling(16, 32, 4, 1), Tiling(16, 32, 4, 1))

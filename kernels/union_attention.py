@@ -4,6 +4,8 @@ Owns launches, the operator's registration (fake tensors, autograd) and the shap
 `reference.attention` with an index. Axes: b batch, sq queries, sk keys, h query heads, g KV heads, d dim.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -17,6 +19,20 @@ LARGEST_GROUP = 32
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Warps of a program and loads in flight; tools/tune_attention.py times others."""
+
+    warps: int
+    stages: int
+
+
+# For 64 rows of at most 128 dims; what is larger takes 8 warps and fewer loads in flight.
+FORWARD = Launch(4, 3)
+WALK = Launch(4, 1)
+SUM_BLOCK, SUM_WARPS = 16, 2  # rows that a program of `sum_rows` reads at once, and its warps
+
+
 def supported(query: Tensor, key: Tensor) -> bool:
     """Whether the kernels serve these tensors."""
     group = query.shape[2] // key.shape[2]
@@ -24,8 +40,19 @@ def supported(query: Tensor, key: Tensor) -> bool:
 
 
 def union_attention(query: Tensor, key: Tensor, value: Tensor, plan: UnionPlan, scale: float):
-    """`(out [b, sq, h, d], lse [b, h, sq] fp32)`; rows without keys give 0 and -inf. Both differentiable."""
+    """`(out [b, sq, h, d], lse [b, h, sq] fp32)`; rows without keys give 0 and -inf. Both differentiable.
+
+    Raises:
+        ValueError: `scale` is not positive.
+    """
+    check_scale(scale)
     return _attend(query, key, value, *_flat(plan), scale)
+
+
+def check_scale(scale: float) -> None:
+    """Refuse what the running maximum cannot be taken under: it is the largest product times the scale."""
+    if scale <= 0:
+        raise ValueError(f"scale {scale}: sparse attention needs a positive one")
 
 
 def _flat(plan: UnionPlan):
@@ -83,11 +110,10 @@ def _attend(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(b, h, sq, dtype=torch.float32, device=query.device)
     constants = _constants(query, key, queries)
-    wide = constants["R"] * constants["D"] > 64 * 128
+    launch = FORWARD if constants["R"] * constants["D"] <= 64 * 128 else Launch(8, 2)
     union_forward[(order.numel(), key.shape[2])](
         query, key, value, keys, members, offsets, order, out, lse, scale, triton.cdiv(sq, queries), sq,
-        *_strides(query, key, value), STAGES=2 if constants["D"] == 256 else 3, num_warps=8 if wide else 4,
-        **constants,
+        *_strides(query, key, value), STAGES=launch.stages, num_warps=launch.warps, **constants,
     )  # fmt: skip
     return out, lse
 
@@ -132,16 +158,18 @@ def _attend_backward(
     ]
     widest = max(chunk.rows[1] - chunk.rows[0] for chunk in chunks)
     scratch = torch.empty(widest, g, 2, d, dtype=query.dtype, device=query.device)
+    launch = WALK if constants["R"] * constants["D"] <= 64 * 128 else Launch(8, 1)
     for chunk in chunks:
         (t0, t1), (p0, _) = chunk.tiles, chunk.rows
         union_backward[(t1 - t0, g)](
             query, key, value, dout, keys, members, offsets, lse, delta, dquery, scratch, scale, t1, p0,
             triton.cdiv(sq, queries), sq, *_strides(query, key, value, dout),
-            STAGES=1, num_warps=8 if constants["R"] > 64 else 4, **constants,
+            STAGES=launch.stages, num_warps=launch.warps, **constants,
         )  # fmt: skip
         sum_rows[(b * sk, g)](
-            scratch, chunk.key_offsets, chunk.entries, total, WIDTH=2 * d, BLOCK=16, num_warps=2
-        )
+            scratch, chunk.key_offsets, chunk.entries, total, WIDTH=2 * d, BLOCK=SUM_BLOCK,
+            num_warps=SUM_WARPS,
+        )  # fmt: skip
     dkey, dvalue = (part.to(key.dtype, copy=True) for part in total.unbind(3))
     return dquery, dkey, dvalue
 

@@ -32,7 +32,8 @@ def union_backward(
     statistic = (batch * groups * G + head) * sq + query
     lse = tl.load(LSE + statistic, mask=real, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse) * 1.4426950408889634
-    delta = tl.load(DELTA + statistic, mask=real, other=0.0)
+    delta = tl.load(DELTA + statistic, mask=real, other=0.0) * scale
+    bit = tl.full([R], 1, tl.int32) << tl.minimum(place, 31)
     base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
     dq = tl.zeros([R, D], tl.float32)
     log2_scale = scale * 1.4426950408889634
@@ -40,19 +41,18 @@ def union_backward(
         j, word = tl.load(KEYS + p + n).to(tl.int64), tl.load(MEMBERS + p + n)
         key = tl.load(base_k + (j * k_s)[:, None] + d[None, :])
         value = tl.load(base_v + (j * v_s)[:, None] + d[None, :])
-        member = ((word[None, :] >> place[:, None]) & 1) != 0
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * log2_scale - lse[:, None]
-        weight = tl.exp2(tl.where(member, score, float("-inf")))
+        weight = tl.exp2(tl.where((word[None, :] & bit[:, None]) != 0, score, float("-inf")))
         to = ROWS + ((p - row0 + n) * groups + kvh)[:, None] * (2 * D) + d[None, :]
         dvalue = tl.dot(tl.trans(weight.to(q.dtype)), dout, input_precision=PRECISION)
         tl.store(to + D, dvalue.to(ROWS.dtype.element_ty))
         dweight = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
-        dscore = (weight * (dweight - delta[:, None])).to(q.dtype)
-        dkey = tl.dot(tl.trans(dscore), q, input_precision=PRECISION) * scale
+        dscore = (weight * (dweight * scale - delta[:, None])).to(q.dtype)
+        dkey = tl.dot(tl.trans(dscore), q, input_precision=PRECISION)
         tl.store(to, dkey.to(ROWS.dtype.element_ty))
         dq = tl.dot(dscore, key, dq, input_precision=PRECISION)
     to = DQ + ((batch * sq + query) * groups * G + head)[:, None] * D + d[None, :]
-    tl.store(to, (dq * scale).to(DQ.dtype.element_ty), mask=real[:, None])
+    tl.store(to, dq.to(DQ.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["sq", "h"])

@@ -8,7 +8,8 @@ Axes: R rows of a tile (query T, head G), n keys of a block, d head dim.
 import triton
 import triton.language as tl
 
-NEVER = tl.constexpr(-1e30)  # below every score; -inf would make inf - inf in tiles that begin empty
+# Running maxima begin here: below every score, finite, so that -inf minus it is -inf and never NaN.
+LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -28,6 +29,7 @@ def union_forward(
     G: tl.constexpr, T: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """`scale` is positive: the largest product is the largest score."""
     tile = tl.load(ORDER + tl.program_id(0))
     kvh = tl.program_id(1)
     heads = tl.num_programs(1) * G
@@ -36,18 +38,18 @@ def union_forward(
     at = batch * q_b + query.to(tl.int64) * q_s + head * q_h
     q = tl.load(Q + at[:, None] + d[None, :], mask=real[:, None], other=0.0)
     base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
-    highest = tl.full([R], NEVER, tl.float32)
+    bit = tl.full([R], 1, tl.int32) << tl.minimum(place, 31)
+    highest = tl.full([R], LOWEST, tl.float32)
     total = tl.zeros([R], tl.float32)
     acc = tl.zeros([R, D], tl.float32)
     log2_scale = scale * 1.4426950408889634
     for p in tl.range(tl.load(OFFSETS + tile), tl.load(OFFSETS + tile + 1), BLOCK, num_stages=STAGES):
         j, word = tl.load(KEYS + p + n).to(tl.int64), tl.load(MEMBERS + p + n)
         key = tl.load(base_k + (j * k_s)[:, None] + d[None, :])
-        score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * log2_scale
-        member = ((word[None, :] >> place[:, None]) & 1) != 0
-        score = tl.where(member, score, NEVER)
-        above = tl.maximum(highest, tl.max(score, 1))
-        weight = tl.where(member, tl.exp2(score - above[:, None]), 0.0)
+        score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+        score = tl.where((word[None, :] & bit[:, None]) != 0, score, float("-inf"))
+        above = tl.maximum(highest, tl.max(score, 1) * log2_scale)
+        weight = tl.exp2(score * log2_scale - above[:, None])
         shrink = tl.exp2(highest - above)
         total = total * shrink + tl.sum(weight, 1)
         value = tl.load(base_v + (j * v_s)[:, None] + d[None, :])

@@ -1,5 +1,7 @@
 """Poisons fresh memory, so that a kernel that leaves an element unwritten is caught. Owns nothing else."""
 
+import os
+
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  (repairs it)
@@ -8,6 +10,9 @@ import triton_interpreter  # noqa: F401  (repairs it)
 @pytest.fixture(autouse=True)
 def poisoned_empty():
     """`torch.empty` returns NaN in floating tensors while a kernel test runs."""
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # the references' products need it
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

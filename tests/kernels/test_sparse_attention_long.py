@@ -30,7 +30,7 @@ def _tensors(length: int):
 
 @cache
 def _index(length: int) -> torch.Tensor:
-    """`[1, s, k]`: a key at random in each k-th of a query's past; eight neighbours draw alike and overlap."""
+    """`[1, s, k]`: a key at random in each k-th of a query's past; eight neighbours draw alike."""
     generator = torch.Generator("cuda").manual_seed(1)
     slot = torch.arange(SELECTED, device="cuda")
     index = torch.empty(1, length, SELECTED, dtype=torch.int32, device="cuda")
