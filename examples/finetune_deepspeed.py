@@ -14,13 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import one_line_errors
+from megatron_clsa.errors import OneLineParser, one_line_errors
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="exported Hugging Face folder")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")

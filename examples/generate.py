@@ -6,22 +6,17 @@ Owns no model: the folder holds it (tools/to_hf.py makes one), with the code tha
 codes: 0 done, 2 bad input.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
+from megatron_clsa.places import chosen_device
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__.splitlines()[0])
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="folder made by tools/to_hf.py; its code is run")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="text to continue")
@@ -40,10 +35,12 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args) -> None:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: give a positive number")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < float("inf"):
         raise UserError(f"--temperature {args.temperature}: give 0 or more")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p}: give a share above 0, at most 1")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: give a number of 64 bits")
     if not (args.model / "config.json").is_file():
         raise UserError(f"{args.model} is no model folder (no config.json): make one with tools/to_hf.py")
 
@@ -63,18 +60,6 @@ def _prompt(args) -> str:
     return text
 
 
-def _device(name: str | None):
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device: give cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; give cpu")
-    return device
-
-
 def _load(args, device):
     """The model and the tokenizer of the folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,9 +69,16 @@ def _load(args, device):
     try:
         own = {"trust_remote_code": True, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(args.model, **own)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype or "auto", **own)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{args.model} cannot be loaded: {error}") from None
+        model, found = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=args.dtype or "auto", output_loading_info=True, **own
+        )
+    except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
+        raise UserError(f"{args.model} cannot be loaded: {error or type(error).__name__}") from None
+    if lost := sorted(found["missing_keys"]) or sorted(found["mismatched_keys"]):
+        raise UserError(f"{args.model} lacks weights, {len(lost)} of them, such as {lost[0]}")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(f"{args.model}: its tokenizer has {len(tokenizer)} tokens, its model {rows}")
     return model.to(device).eval(), tokenizer
 
 
@@ -95,9 +87,11 @@ def generate(args) -> None:
     import torch
     from transformers import TextStreamer
 
-    prompt, device = _prompt(args), _device(args.device)
+    prompt, device = _prompt(args), chosen_device(args.device)
     model, tokenizer = _load(args, device)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    if not inputs["input_ids"].numel():
+        raise UserError("the prompt is empty to the tokenizer: give at least one character that it knows")
     sampling = {"do_sample": False}
     if args.temperature:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}

@@ -3,6 +3,7 @@
 Owns no checks: each check lives where the value enters.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,13 @@ EXIT_BAD_INPUT = 2
 
 class UserError(ValueError):
     """A value that the user gave cannot be used. The message names the flag or file and the remedy."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses a bad command line as everything else is refused: one line, without the usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:

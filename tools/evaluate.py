@@ -14,15 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
+from megatron_clsa.places import check_out, chosen_device
 
 TASKS = ("perplexity", "needle", "index")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, run or checkpoint")
     parser.add_argument("--tokenizer", type=Path, help="for a checkpoint (default: as in training)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
@@ -74,7 +73,8 @@ def evaluate(args) -> dict:
     from megatron_clsa.evaluate.load import open_folder, read_texts
     from megatron_clsa.evaluate.needle import PUZZLES
 
-    needle_tasks = _names(args.needle_tasks) if args.needle_tasks else list(PUZZLES)
+    chosen_device(args.device)
+    needle_tasks = list(PUZZLES) if args.needle_tasks is None else _names(args.needle_tasks)
     retrieval.check_tasks(needle_tasks)
     texts = read_texts(args.text, args.json_key)
     with as_folder(args.model, args.tokenizer) as folder:
@@ -140,13 +140,15 @@ def _summary(report: dict) -> str:
 @one_line_errors
 def main() -> None:
     args = _parser().parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file; name a folder")
+    check_out(args.out)
     report = evaluate(args)
     from megatron_clsa.evaluate.picture import draw
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
     draw(report, args.out / "evaluation.png")
     print(_summary(report))
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
+from megatron_clsa.places import chosen_device
 
 _DENSE_DEFAULTS = {
     "num_self_decoder_layers": None,
@@ -23,10 +24,14 @@ _DENSE_DEFAULTS = {
     "index_qk_norm": False,
     "ignore_rope_scaling": False,
 }
+_POSITIVE = (
+    "num_self_decoder_layers", "sliding_window", "index_topk", "index_head_dim", "position_span",
+    "calibration_tokens", "calibration_length",
+)  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of a Hugging Face model")
     parser.add_argument(
         "out", type=Path, help="folder to make; distill.py takes it as --pretrained-checkpoint"
@@ -99,6 +104,7 @@ def main() -> None:
     from megatron_clsa.convert.whole_folder import whole_folder
 
     args = _parser().parse_args()
+    _check(args)
     source, tokenizer, report = WeightFolder(args.model), _tokenizer(args.tokenizer, args.model), None
     with whole_folder(args.out, args.force, (args.model,)) as temporary:
         if args.init_from:
@@ -114,6 +120,28 @@ def main() -> None:
     print(f"{args.out}: made from {args.model}")
 
 
+def _dense_defaults() -> dict:
+    """Every flag of the dense group but --init-from, with its default."""
+    parser = argparse.ArgumentParser()
+    _add_dense_group(parser)
+    return {name: value for name, value in vars(parser.parse_args([])).items() if name != "init_from"}
+
+
+def _check(args) -> None:
+    """What can be refused before anything is read."""
+    if args.init_from is None:
+        given = [name for name, value in _dense_defaults().items() if getattr(args, name) != value]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} is for a dense model: give --init-from, too")
+        return
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: give a number of 64 bits")
+    for name in _POSITIVE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a positive number")
+
+
 def _dense(folder, tokenizer: Path | None, args):
     from megatron_clsa.convert.dense import DenseChoices
     from megatron_clsa.convert.dense_start import StartChoices, make_start
@@ -126,12 +154,12 @@ def _dense(folder, tokenizer: Path | None, args):
         dense,
         args.memory_init,
         args.memory_position,
-        args.position_span or args.sliding_window,
+        args.sliding_window if args.position_span is None else args.position_span,
         args.seed,
         args.calibration_text,
         args.calibration_tokens,
         args.calibration_length,
-        args.device,
+        str(chosen_device(args.device)),
     )
     source, arch, report = make_start(folder, tokenizer, chosen)
     for line in report["notes"]:

@@ -12,20 +12,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
     if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}: give a size such as 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a run's folder, a phase's, or one iter_* folder")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument(

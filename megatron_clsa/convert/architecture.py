@@ -4,6 +4,7 @@ Owns the fields, their file and the comparison of two of them. Knows no tensor a
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -81,9 +82,31 @@ def read_architecture(folder: Path) -> Architecture:
         values = json.loads(path.read_text())
         if values.pop("format") != _FORMAT:
             raise KeyError("format")
-        return Architecture(**values)
+        arch = Architecture(**values)
+        if fault := faulty_field(arch):
+            raise ValueError(" ".join(fault))
+        return arch
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from None
+
+
+def faulty_field(arch: Architecture) -> tuple[str, str] | None:
+    """The first field that no model can have and what it is; None if all are sound."""
+    for field in fields(Architecture):
+        value = getattr(arch, field.name)
+        if field.type is int and (type(value) is not int or value < 1):
+            return field.name, f"is {value!r}, not a positive whole number"
+        if field.type is bool and type(value) is not bool:
+            return field.name, f"is {value!r}, neither true nor false"
+        if field.type is float and not (type(value) in (int, float) and 0 < value < math.inf):
+            return field.name, f"is {value!r}, not a positive number"
+    if arch.num_self_decoder_layers >= arch.num_layers:
+        return "num_self_decoder_layers", f"is {arch.num_self_decoder_layers} of {arch.num_layers} layers"
+    if arch.num_attention_heads % arch.num_query_groups:
+        return "num_query_groups", f"{arch.num_query_groups} does not divide {arch.num_attention_heads} heads"
+    if arch.kv_channels % 2:
+        return "kv_channels", f"is {arch.kv_channels}: RoPE needs an even one"
+    return None
 
 
 def check_same_architecture(found: Architecture, wanted: dict, source: Path) -> None:

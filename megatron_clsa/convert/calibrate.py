@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.shared_heads import Moments
+from megatron_clsa.convert.tokenizer import load_tokenizer
 from megatron_clsa.errors import UserError
 
 
@@ -23,11 +24,9 @@ def calibration_tokens(tokenizer: Path | None, text: Path | None, count: int, le
     Raises:
         UserError: if there is no tokenizer or too little text.
     """
-    from transformers import AutoTokenizer
-
     if tokenizer is None or not tokenizer.is_dir():
         raise UserError("--memory-init aligned reads a text: give --tokenizer FOLDER, or --memory-init mean")
-    encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    encode = load_tokenizer(tokenizer)
     ids: list[int] = []
     for path in _texts(text):
         ids += encode(path.read_text(errors="ignore"), add_special_tokens=False)["input_ids"]
@@ -53,10 +52,13 @@ class Calibration:
     def __init__(self, folder: Path, arch: Architecture, tokens: Tensor, device: str = "cpu"):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        ).to(device)
-        self.model.eval()
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+        except Exception as error:  # transformers raises many kinds
+            raise UserError(f"{folder} cannot be loaded: {error or type(error).__name__}") from None
+        self.model.eval().to(device)
         self.arch, self.device = arch, device
         held_out = max(1, len(tokens) // 8)
         self.fitted, self.held_out = tokens[:-held_out], tokens[-held_out:]

@@ -69,6 +69,8 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: if there is none.
     """
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: give a run's folder, a phase's or one of its iter_* folders")
     if (path / ".metadata").is_file():
         return path
     complete = complete_steps(path)
@@ -76,7 +78,7 @@ def find_checkpoint(path: Path) -> Path:
         return step_folder(path, complete[0])
     tracker = path / TRACKER
     if tracker.is_file():
-        step = tracker.read_text().strip()
+        step = tracker.read_text(errors="replace").strip()
         folder = path / (f"iter_{int(step):07d}" if step.isdigit() else step)
         if (folder / ".metadata").is_file():
             return folder

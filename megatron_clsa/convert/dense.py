@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_clsa.convert.architecture import Architecture
+from megatron_clsa.convert.imports import check_config
 from megatron_clsa.convert.names import entries
 from megatron_clsa.convert.weights import WeightFolder, rope_theta, rope_type
 from megatron_clsa.errors import UserError
@@ -46,10 +47,11 @@ def dense_architecture(folder: WeightFolder, family: str, choices: DenseChoices)
     config = folder.config
     _check_family(folder, family, choices)
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    half = choices.num_self_decoder_layers or layers // 2
+    half = choices.num_self_decoder_layers
+    half = layers // 2 if half is None else half
     if not 0 < half < layers:
         raise UserError(f"--num-self-decoder-layers {half}: give 1 to {layers - 1}, {folder} has {layers}")
-    return Architecture(
+    arch = Architecture(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],
@@ -71,6 +73,8 @@ def dense_architecture(folder: WeightFolder, family: str, choices: DenseChoices)
         init_method_std=config.get("initializer_range", 0.02),
         add_qkv_bias=family in _QKV_BIAS,
     )
+    check_config(arch, folder.folder / "config.json")
+    return arch
 
 
 def _check_family(folder: WeightFolder, family: str, choices: DenseChoices) -> None:
@@ -81,6 +85,9 @@ def _check_family(folder: WeightFolder, family: str, choices: DenseChoices) -> N
     for key in (*needed, "rms_norm_eps", "max_position_embeddings"):
         if key not in config:
             raise UserError(f"{path} lacks {key}")
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):  # sizes that others come from
+        if type(config[key]) is not int or config[key] < 1:
+            raise UserError(f"{path}: {key} is {config[key]!r}, not a positive whole number")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act {config['hidden_act']}; CLSA's MLP is SwiGLU (silu)")
     for key in ("attention_bias", "mlp_bias"):

@@ -17,6 +17,7 @@ from megatron_clsa.convert.export import hf_config
 from megatron_clsa.convert.imports import tokenizer_fields
 from megatron_clsa.convert.memory_start import MemoryStart
 from megatron_clsa.convert.names import entries
+from megatron_clsa.convert.tokenizer import load_tokenizer
 from megatron_clsa.convert.weights import WeightFolder
 
 
@@ -81,9 +82,7 @@ def make_start(
 def _vocabulary(tokenizer: Path | None) -> int | None:
     if tokenizer is None or not tokenizer.is_dir():
         return None
-    from transformers import AutoTokenizer
-
-    return len(AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
+    return len(load_tokenizer(tokenizer))
 
 
 def _notes(arch: Architecture, tokens: int | None, choices: StartChoices) -> list[str]:

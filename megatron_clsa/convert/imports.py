@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_clsa.convert.architecture import Architecture
+from megatron_clsa.convert.architecture import Architecture, faulty_field
 from megatron_clsa.convert.dist_writer import TorchDistWriter
 from megatron_clsa.convert.names import Entry, entries
 from megatron_clsa.convert.recipe_section import write_recipe_section
@@ -20,7 +20,7 @@ from megatron_clsa.convert.tokenizer import check_tokens, count_tokens
 from megatron_clsa.convert.weights import WeightFolder, rope_theta, rope_type
 from megatron_clsa.errors import UserError
 
-_FIELDS = {
+HF_FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -63,18 +63,26 @@ def architecture_of(folder: WeightFolder, tokenizer: Path | None) -> Architectur
     kind = config.get("model_type")
     if kind != "clsa":
         raise UserError(f"{path}: model_type is {kind}, not clsa; a dense model is read with --init-from")
-    missing = [theirs for theirs in _FIELDS.values() if theirs not in config]
+    missing = [theirs for theirs in HF_FIELDS.values() if theirs not in config]
     if missing:
         raise UserError(f"{path} lacks {missing[0]}")
     if config.get("hidden_act") != "silu" or rope_type(config) != "default":
         raise UserError(f"{path}: training knows hidden_act silu and rope_type default only")
-    if tokenizer is not None:
-        check_tokens(tokenizer, count_tokens(tokenizer), config["vocab_size"])
-    return Architecture(
-        **{ours: config[theirs] for ours, theirs in _FIELDS.items()},
+    arch = Architecture(
+        **{ours: config[theirs] for ours, theirs in HF_FIELDS.items()},
         rotary_base=rope_theta(config),
         **tokenizer_fields(tokenizer),
     )
+    check_config(arch, path)
+    if tokenizer is not None:
+        check_tokens(tokenizer, count_tokens(tokenizer), arch.vocab_size)
+    return arch
+
+
+def check_config(arch: Architecture, path: Path) -> None:
+    """Refuse what no model can have, by its name in the `config.json` at `path`."""
+    if fault := faulty_field(arch):
+        raise UserError(f"{path}: {HF_FIELDS.get(fault[0], fault[0])} {fault[1]}")
 
 
 def tokenizer_fields(tokenizer: Path | None) -> dict[str, str]:

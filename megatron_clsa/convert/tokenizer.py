@@ -30,22 +30,38 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> dict[str, int]:
     Raises:
         UserError: if it cannot be loaded or has more tokens than the model has rows.
     """
-    from transformers import AutoTokenizer
-
     try:
         if source.is_dir():
             for name in _FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, out / name)
-            tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
+            tokenizer = load_tokenizer(source, out)
         else:
             tokenizer = fast_from_sentencepiece(source)
             tokenizer.save_pretrained(out)
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk's, not the tokenizer's
         raise UserError(f"--tokenizer {source} cannot be loaded: {error}") from None
     check_tokens(source, len(tokenizer), vocab_size)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in ids.items() if value is not None}
+
+
+def load_tokenizer(source: Path, copy: Path | None = None):
+    """transformers' tokenizer of the folder `source`, read from `copy` if one is given.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(copy or source, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise UserError(f"--tokenizer {source} cannot be loaded: {error or type(error).__name__}") from None
 
 
 def check_tokens(source: Path, tokens: int, vocab_size: int) -> None:

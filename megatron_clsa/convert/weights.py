@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_clsa.convert import manifest
 from megatron_clsa.errors import UserError
 
+_READ = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -49,7 +50,7 @@ class WeightFolder:
         """Every tensor's file, and that the file has it."""
         if (self.folder / INDEX).is_file():
             self._check((INDEX,))
-            listed = self._json(INDEX).get("weight_map", {})
+            listed = self._listed()
             names = dict.fromkeys(listed.values())
         elif (self.folder / _SINGLE).is_file():
             names, listed = [_SINGLE], None
@@ -64,6 +65,16 @@ class WeightFolder:
         if lost:
             raise UserError(f"{self.folder / listed[lost[0]]} lacks {lost[0]}, which {INDEX} promises")
         return found
+
+    def _listed(self) -> dict[str, str]:
+        """The index: every tensor's file, which lies in the folder."""
+        listed = self._json(INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise UserError(f"{self.folder / INDEX} is damaged: it has no weight_map")
+        for name, file in listed.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{self.folder / INDEX} is damaged: {name} lies in {file!r}")
+        return listed
 
     def _check(self, names: Iterable[str]) -> None:
         """Against the manifest, if the folder has one: those of other programs have none."""
@@ -100,21 +111,34 @@ class WeightFolder:
         path = self._files[name]
         try:
             with self._open(path) as file:
-                return file.get_tensor(name)
+                tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: {name} cannot be read: {error}") from None
+        if tensor.dtype not in _READ:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {name} is {kind}: save the model in fp32, bf16 or fp16")
+        return tensor
+
+
+def _section(config: dict, key: str) -> dict:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"config.json: {key} is {value!r}, not an object")
+    return value
 
 
 def rope_theta(config: dict) -> float:
     """Base of the rotary embedding, where transformers 5 or an older version wrote it."""
-    parameters = config.get("rope_parameters") or {}
-    return float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    value = _section(config, "rope_parameters").get("rope_theta") or config.get("rope_theta") or 10000.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"config.json: rope_theta is {value!r}, not a number")
+    return float(value)
 
 
 def rope_type(config: dict) -> str:
     """ "default", or the name of a scaling."""
     for key in ("rope_parameters", "rope_scaling"):
-        scaling = config.get(key) or {}
+        scaling = _section(config, key)
         kind = scaling.get("rope_type") or scaling.get("type")
         if kind and kind != "default":
             return kind

@@ -26,7 +26,10 @@ def whole_folder(out: Path, force: bool, sources: tuple[Path, ...] = ()) -> Iter
     Raises:
         UserError: if `out` exists and `force` is not given, would change a source, or cannot be written.
     """
-    out = _checked(out, force, sources)
+    try:
+        out = _checked(out, force, sources)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error}") from error
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         temporary.mkdir(parents=True)

@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its tokenizer (None if the folder has none and no task needs one)."""
+    """A model with its tokenizer."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -41,11 +41,9 @@ def open_folder(folder: Path, dtype: str, device: str) -> Subject:
     """Load a model for evaluation. A CLSA folder runs with this package's code, not with its own.
 
     Raises:
-        UserError: naming --model, --device or --dtype.
+        UserError: naming --model.
     """
     kind = _model_type(folder)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no GPU is visible; use --device cpu")
     cls = CLSAForCausalLM if kind == "clsa" else AutoModelForCausalLM
     try:
         model, info = cls.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True)
@@ -67,7 +65,7 @@ def _model_type(folder: Path) -> str:
     config = folder / "config.json"
     try:
         return json.loads(config.read_text())["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model {folder}: its config.json names no model_type ({error})") from error
 
 
@@ -88,7 +86,7 @@ def read_texts(files: list[Path], key: str) -> list[str]:
         if path.suffix != ".jsonl":
             texts.append(content)
             continue
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 texts.append(_line_text(line, key, f"--text {path}:{number}"))
     return texts
@@ -99,6 +97,8 @@ def _line_text(line: str, key: str, where: str) -> str:
         text = json.loads(line)[key]
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from error
+    except RecursionError:
+        raise UserError(f"{where}: JSON of too many levels") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"{where}: no key '{key}'; name the text's key with --json-key") from error
     if not isinstance(text, str):

@@ -81,6 +81,8 @@ def measure(subject: Subject, tasks: list[str], lengths: list[int], count: int, 
 
 
 def check_tasks(names: list[str]) -> None:
+    if not names:
+        raise UserError(f"--needle-tasks is empty: choose from {', '.join(PUZZLES)}")
     for name in names:
         if name not in PUZZLES:
             raise UserError(f"--needle-tasks {name}: no such task; choose from {', '.join(PUZZLES)}")

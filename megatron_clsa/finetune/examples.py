@@ -121,7 +121,7 @@ class Reader:
 def _records(path: Path) -> Iterator[tuple[str, dict]]:
     """(place for messages, record) of every line that is not blank."""
     try:
-        lines = path.read_bytes().decode().splitlines()
+        lines = path.read_bytes().decode().split("\n")  # not at U+2028, which JSON may hold
     except OSError as error:
         raise UserError(f"--data {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -132,7 +132,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict]]:
         where = f"--data {path}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error})") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON {type(record).__name__}, not an object")
@@ -147,6 +147,8 @@ def _check_chat(messages, where: str) -> None:
             raise UserError(f"{where}: message {number} needs a 'content' that is a string")
         if message.get("role") not in ROLES:
             raise UserError(f"{where}: message {number} has role {message.get('role')!r}, not one of {ROLES}")
+    if messages[0]["role"] == "assistant":
+        raise UserError(f"{where}: message 1 is the assistant's: a chat begins with what it answers")
 
 
 def _overlaps(piece: tuple[int, int], spans: list[tuple[int, int]]) -> bool:

@@ -5,6 +5,7 @@ examples/finetune_deepspeed.py.
 """
 
 import json
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from megatron_clsa.errors import UserError
 from megatron_clsa.finetune.examples import Reader, collate
 from megatron_clsa.hf import CLSAConfig, CLSAForCausalLM
+from megatron_clsa.places import check_out
 
 
 class IndexTrainer(Trainer):
@@ -44,9 +46,10 @@ def finetune(args) -> None:
     examples = reader.read(args.data)
     _check_length(args, config)
     config.indexer_loss_coef = args.indexer_loss_coef
-    model = CLSAForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
+    model = _load(args.model, config)
     if args.indexer_loss_coef == 0:  # top-k gives it no gradient; weight decay alone would shrink it
         model.model.memory.indexer.requires_grad_(False)
+    _make(args.out)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = IndexTrainer(
         model=model,
@@ -66,6 +69,13 @@ def finetune(args) -> None:
     if trainer.is_world_process_zero():
         history = [line for line in trainer.state.log_history if "loss" in line]
         (args.out / "training_log.json").write_text(json.dumps(history, indent=1) + "\n")
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
 
 
 def _training_arguments(args) -> TrainingArguments:
@@ -108,12 +118,20 @@ def _check(args) -> None:
     for flag in ("max_length", "batch_size", "accumulate", "log_steps"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a positive number")
-    if args.indexer_loss_coef < 0:
-        raise UserError(f"--indexer-loss-coef {args.indexer_loss_coef}: give 0 or more")
+    for flag in ("indexer_loss_coef", "warmup_steps", "weight_decay", "save_steps"):
+        if not 0 <= getattr(args, flag) < math.inf:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 0 or more")
+    for flag in ("lr", "epochs", "steps"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{flag} {value}: give a positive number")
     if args.resume and not any(args.out.glob("checkpoint-*")):
         raise UserError(f"--resume: {args.out} has no checkpoint-* folder; drop the flag to start anew")
     if not args.resume and args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
         raise UserError(f"--out {args.out} is not an empty folder; name another one, or --resume")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: give 0 to {2**32 - 1}")
+    check_out(args.out)
     if args.deepspeed:
         _check_deepspeed(args.deepspeed)
 
@@ -137,15 +155,32 @@ def _open(folder: Path) -> tuple[CLSAConfig, object]:
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder} has no config.json; give an exported folder (tools/to_hf.py)")
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
         if kind != "clsa":
             raise UserError(f"--model {folder} is a {kind} model, not clsa; convert it with tools/from_hf.py")
         config = CLSAConfig.from_pretrained(folder)
         return config, AutoTokenizer.from_pretrained(folder, config=config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--model {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except UserError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise _unusable(folder, error) from error
+
+
+def _load(folder: Path, config: CLSAConfig) -> CLSAForCausalLM:
+    try:
+        model, found = CLSAForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise _unusable(folder, error) from error
+    if lost := sorted(found["missing_keys"]):
+        raise UserError(f"--model {folder} lacks weights, {len(lost)} of them, such as {lost[0]}")
+    return model
+
+
+def _unusable(folder: Path, error: Exception) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(f"--model {folder} cannot be loaded: {reason}")
 
 
 def _check_length(args, config: CLSAConfig) -> None:

@@ -103,6 +103,8 @@ class CLSAModel(CLSAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not hidden.shape[1] or logits_to_keep < 0:
+            raise ValueError(f"{hidden.shape[1]} tokens, logits_to_keep {logits_to_keep}: nothing to compute")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         document = None

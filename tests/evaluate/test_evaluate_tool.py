@@ -71,6 +71,9 @@ def test_a_dense_model_is_evaluated_but_for_the_index(monkeypatch, dense_folder,
         (["--text", "nowhere.txt"], "--text nowhere.txt"),
         (["--model", "nowhere"], "--model nowhere"),
         (["--device", "cuda:9"], "--device cuda:9"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--needle-tasks", ","], "--needle-tasks is empty"),
+        (["--speed", "1"], "--speed"),
     ],
 )
 def test_bad_flag_is_refused_in_one_line(monkeypatch, folder, text, tmp_path, capsys, words, named):

@@ -4,11 +4,13 @@ Owns no claim about tokens: tests/hf holds generation to the model.
 """
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -72,6 +74,9 @@ def test_a_prompt_is_continued_and_a_seed_repeats(folder, tmp_path, monkeypatch,
         (["--prompt", "a", "--top-p", 2], "--top-p 2"),
         (["--prompt", "a", "--device", "cuda:99"], "--device cuda:99"),
         (["--prompt", "a", "--device", "toaster"], "--device toaster"),
+        (["--prompt", "a", "--device", "meta"], "--device meta"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
+        (["--prompt", "a", "--seed", 10**30], "--seed 1"),
         (["--prompt", "a", "--beam", 2], "--beam"),
         (["--prompt-file", "none.txt"], "--prompt-file none.txt"),
     ],
@@ -85,3 +90,30 @@ def test_bad_input_is_one_line_and_exit_2(folder, monkeypatch, capsys, words, sa
 def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, capsys):
     assert generate(monkeypatch, tmp_path, "--prompt", "a") == 2
     assert "tools/to_hf.py" in capsys.readouterr().err
+
+
+def cut(file: Path):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_a_weight(file: Path):
+    weights = load_file(file)
+    del weights["model.norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name, damage, said",
+    [
+        ("model.safetensors", cut, "cannot be loaded"),
+        ("model.safetensors", lose_a_weight, "lacks weights, 1 of them, such as model.norm.weight"),
+        ("tokenizer.json", cut, "cannot be loaded"),
+        ("tokenizer.json", Path.unlink, "cannot be loaded"),
+        ("config.json", cut, "cannot be loaded"),
+    ],
+)
+def test_a_damaged_folder_is_one_line_and_exit_2(folder, tmp_path, monkeypatch, capsys, name, damage, said):
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    damage(copy / name)
+    assert generate(monkeypatch, copy, "--prompt", "a", "--device", "cpu") == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]

@@ -88,6 +88,7 @@ def test_long_chats_lose_their_end_and_empty_ones_are_left_out(tmp_path, tokeniz
         ({"prompt": "x"}, "needs 'messages' (a chat) or 'text'"),
         ({"text": 3}, "needs 'messages' (a chat) or 'text'"),
         ({"messages": []}, "at least one message"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "begins with what it answers"),
         ({"messages": [{"role": "user"}]}, "message 1 needs a 'content'"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot'"),
     ],
@@ -96,6 +97,13 @@ def test_a_bad_record_is_refused_by_its_line(tmp_path, tokenizer, record, named)
     with pytest.raises(UserError) as refusal:
         read(tmp_path, tokenizer, {"text": "good"}, "", record)
     assert "data.jsonl:3" in str(refusal.value) and named in str(refusal.value)
+
+
+def test_a_line_ends_at_a_line_feed_only(tmp_path, tokenizer):
+    """JSON may hold the others as they are."""
+    record = json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False)
+    examples, _ = read(tmp_path, tokenizer, record)
+    assert tokenizer.decode(examples[0].ids) == "one\u2028two\x85three<end>"
 
 
 def test_data_without_anything_to_learn_is_refused(tmp_path, tokenizer):

@@ -118,6 +118,18 @@ def broken_config(folder: Path) -> list:
     return ["--deepspeed", folder / "bad.json"]
 
 
+def cut_model(folder: Path) -> list:
+    write_folder(folder / "cut")
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return ["--model", folder / "cut"]
+
+
+def model_of_a_list(folder: Path) -> list:
+    (folder / "config.json").write_text("[]")
+    return ["--model", folder]
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -130,6 +142,15 @@ def broken_config(folder: Path) -> list:
         (lambda folder: ["--model", folder], "has no config.json"),
         (lambda folder: ["--data", "nowhere.jsonl"], "--data nowhere.jsonl"),
         (lambda folder: ["--indexer-loss-coef", "-1"], "--indexer-loss-coef -1"),
+        (lambda folder: ["--lr", "nan"], "--lr nan"),
+        (lambda folder: ["--steps", "0"], "--steps 0"),
+        (lambda folder: ["--epochs", "-1"], "--epochs -1"),
+        (lambda folder: ["--warmup-steps", "-1"], "--warmup-steps -1"),
+        (lambda folder: ["--seed", "-1"], "--seed -1"),
+        (lambda folder: ["--speed", "1"], "--speed"),
+        (lambda folder: ["--out", folder / "occupied" / "x"], "cannot be written"),
+        (cut_model, "cannot be loaded"),
+        (model_of_a_list, "cannot be loaded"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(model, data, tmp_path, capsys, words, named):

@@ -14,6 +14,7 @@ from hf_tiny import LONG, tiny_model, tokens
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 
+AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 LAYER = ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -55,7 +56,7 @@ def folder(tmp_path_factory):
 def test_the_folder_names_all_auto_classes(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "clsa" and config["architectures"] == ["CLSAForCausalLM"]
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == AUTO_CLASSES
 
 
 @torch.no_grad()
@@ -72,6 +73,11 @@ def test_auto_classes_load_the_folder_with_its_own_code(folder, tmp_path):
     model.save_pretrained(tmp_path / "again", max_shard_size="40KB")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert torch.equal(again(ids).logits, expected(ids).logits)
+    base.save_pretrained(tmp_path / "base")
+    for saved in (tmp_path / "again", tmp_path / "base"):  # each by the other class
+        assert set(json.loads((saved / "config.json").read_text())["auto_map"]) == AUTO_CLASSES
+        loaded = AutoModel.from_pretrained(saved, trust_remote_code=True)
+        assert torch.equal(loaded(ids).last_hidden_state, expected.model(ids).last_hidden_state)
 
 
 def test_the_folder_loads_where_this_package_is_not_installed(folder, tmp_path):

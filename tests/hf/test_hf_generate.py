@@ -36,7 +36,7 @@ def model(request):
     return model
 
 
-@pytest.mark.parametrize("length", [3, LONG])
+@pytest.mark.parametrize("length", [1, 3, LONG])
 def test_cache_and_early_exit_change_no_token(model, length):
     ids = tokens(length, batch=2)
     assert torch.equal(greedy(model, ids), by_hand(model, ids))

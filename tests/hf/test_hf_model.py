@@ -200,6 +200,24 @@ def test_indexer_loss_equals_the_contract_row_by_row(changes):
     assert model(ids, labels=ids).indexer_loss.item() == pytest.approx(naive.index_loss.item(), abs=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "megatron_clsa"])
+def test_a_row_of_padding_alone_disturbs_no_other(implementation):
+    model, ids = tiny_model(), tokens(LONG, batch=2)
+    model.set_attn_implementation(implementation)
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    logits = model(ids, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[1:], model(ids[1:]).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "keep"), [(0, 0), (3, -1)])
+def test_nothing_to_compute_is_refused(length, keep):
+    with pytest.raises(ValueError, match=f"{length} tokens, logits_to_keep {keep}"):
+        tiny_model()(tokens(3)[:, :length], logits_to_keep=keep)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

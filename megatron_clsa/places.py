@@ -1,0 +1,41 @@
+"""Where a tool runs and where it writes, checked before anything is loaded.
+
+Owns no computation; for the tools that run a Hugging Face model.
+"""
+
+import os
+from pathlib import Path
+
+from megatron_clsa.errors import UserError
+
+
+def chosen_device(name: str | None):
+    """The `torch.device` of `--device name`; None takes a GPU where there is one.
+
+    Raises:
+        UserError: if it is no device that these tools run on, or this machine has none such.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is no device: give cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; give cpu")
+    return device
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder `--out` that cannot be written. Makes nothing.
+
+    Raises:
+        UserError: if `out` is a file, or cannot be made or written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {there} cannot be written; give another folder")
