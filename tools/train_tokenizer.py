@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_clsa.data.readers import BadDocument, documents, list_inputs, plan_parts
 from megatron_clsa.data.tokenizer import train_sentencepiece
-from megatron_clsa.errors import one_line_errors
+from megatron_clsa.errors import UserError, one_line_errors
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +36,13 @@ def _texts(args) -> Iterator[str]:
 @one_line_errors
 def main() -> None:
     args = _parser().parse_args()
+    for flag, value in (
+        ("vocab-size", args.vocab_size),
+        ("max-bytes", args.max_bytes),
+        ("workers", args.workers),
+    ):
+        if value < 1:
+            raise UserError(f"--{flag} {value}: give a positive number")
     model = train_sentencepiece(_texts(args), args.output, args.vocab_size, args.workers, args.max_bytes)
     print(f"{args.output}: {model.get_piece_size()} ids")
 

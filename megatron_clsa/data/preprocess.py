@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -51,7 +52,12 @@ class Job:
 
 def preprocess(job: Job, inputs: list[str], workers: int, overwrite: bool = False, log=sys.stderr) -> dict:
     """Make the dataset and return its manifest."""
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give 1 or more")
     files = list_inputs(inputs)
+    for path, times in Counter(path.resolve() for path in files).items():
+        if times > 1:
+            print(f"WARNING: --input names {path} {times} times, its documents come as often", file=log)
     if file_of(job.output_prefix, ".idx").exists() and not overwrite:
         raise UserError(f"--output-prefix {job.output_prefix} holds a dataset already; give --overwrite")
     tokenizer = load_tokenizer_of(job.tokenizer_type, job.tokenizer_model)
@@ -148,11 +154,15 @@ def _run_part(number: int, part: Part) -> dict:
     job, dtype = _STATE["job"], _STATE["dtype"]
     report = {"documents": 0, "tokens": 0, "bad": 0, "empty": 0, "first_bad": None}
     lengths: list[int] = []
-    with (job.folder / f"{number:06}.bin").open("wb") as out:
+    tokens, counts = (job.folder / f"{number:06}{suffix}" for suffix in (".bin", ".npy"))
+    drafts = [path.with_name(f"{os.getpid()}.{path.name}") for path in (tokens, counts)]
+    with drafts[0].open("wb") as out:
         for ids in _token_ids(part, report):
             out.write(numpy.array(ids, dtype=dtype).tobytes())
             lengths.append(len(ids))
-    numpy.save(job.folder / f"{number:06}.npy", numpy.array(lengths, dtype=numpy.int32))
+    numpy.save(drafts[1], numpy.array(lengths, dtype=numpy.int32))
+    for draft, path in zip(drafts, (tokens, counts), strict=True):
+        os.replace(draft, path)  # a second command that runs meanwhile makes the same bytes
     report |= {"documents": len(lengths), "tokens": sum(lengths)}
     _write_whole(job.folder / f"{number:06}.json", json.dumps(report))
     return report

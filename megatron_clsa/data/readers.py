@@ -4,6 +4,7 @@ Owns finding, cutting and decoding inputs, and what counts as a bad line. Tokens
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,8 @@ from pathlib import Path
 from megatron_clsa.errors import UserError
 
 JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
+_BLOCK = 1 << 20  # bytes read at a time
+_HALF = re.compile("[\ud800-\udfff]")  # no encoding has these; tokenizers end on them
 _PACKED = {".zst": "zstandard", ".parquet": "pyarrow"}
 
 
@@ -57,7 +60,9 @@ def _optional(path: Path):
     try:
         return import_module(package)
     except ImportError:
-        raise UserError(f"--input {path}: reading {path.suffix} needs 'pip install {package}'") from None
+        raise UserError(
+            f"--input {path}: reading {path.suffix} needs {package}: pip install 'megatron_clsa[data]'"
+        ) from None
 
 
 def plan_parts(files: list[Path], part_bytes: int) -> list[Part]:
@@ -83,18 +88,29 @@ def plan_parts(files: list[Path], part_bytes: int) -> list[Part]:
 
 
 def documents(part: Part, key: str) -> Iterator[str | BadDocument]:
-    """The texts of a part in order; a bad one comes as the error that names it. Blank lines do not count."""
+    """The texts of a part in order; a bad one comes as the error that names it. Blank lines do not count.
+
+    Raises:
+        UserError: if a file as a whole cannot be read: what is lost then is no single document.
+    """
     for name in part.files:
         path = Path(name)
-        if not is_lines(path):
-            yield _whole_file(path)
-        elif path.suffix == ".parquet":
-            yield from _parquet(path, key)
-        else:
-            lines = _zst_lines(path) if path.suffix == ".zst" else _lines_from(path, part.start, part.end)
-            for where, line in lines:
-                if line.strip():
-                    yield _text_of(line, key, path, where)
+        try:
+            yield from _documents_of(path, part, key)
+        except OSError as error:
+            raise UserError(f"--input {path} cannot be read: {error.strerror or error}") from None
+
+
+def _documents_of(path: Path, part: Part, key: str) -> Iterator[str | BadDocument]:
+    if not is_lines(path):
+        yield _whole_file(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path, key)
+    else:
+        lines = _zst_lines(path) if path.suffix == ".zst" else _lines_from(path, part.start, part.end)
+        for where, line in lines:
+            if line.strip():
+                yield _text_of(line, key, path, where)
 
 
 def _whole_file(path: Path) -> str | BadDocument:
@@ -118,19 +134,49 @@ def _lines_from(path: Path, start: int, end: int | None) -> Iterator[tuple[int, 
 
 def _zst_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(negative line number, line): offsets into compressed data would help nobody."""
-    with _optional(path).open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            yield -number, line
+    zstandard, number, rest = _optional(path), 0, b""
+    try:
+        for block in _unpacked(zstandard, path):
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                number += 1
+                yield -number, line
+    except zstandard.ZstdError as error:
+        raise UserError(f"--input {path} is damaged after line {number}: {error}") from None
+    yield -(number + 1), rest
+
+
+def _unpacked(zstandard, path: Path) -> Iterator[bytes]:
+    """Blocks of every frame of a file. The library's own reader takes a file that was cut for a whole one."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as `zstd --long=31` packs
+    with path.open("rb") as file:
+        packed = file.read(_BLOCK)
+        while packed:
+            frame = decompressor.decompressobj(write_size=_BLOCK)
+            while not frame.eof:
+                if not packed:
+                    raise zstandard.ZstdError("the file ends within its data: it is cut off")
+                yield frame.decompress(packed)
+                packed = b"" if frame.eof else file.read(_BLOCK)
+            packed = frame.unused_data or file.read(_BLOCK)
 
 
 def _parquet(path: Path, key: str) -> Iterator[str | BadDocument]:
-    table = import_module("pyarrow.parquet").ParquetFile(path) if _optional(path) else None
-    if key not in table.schema_arrow.names:
-        yield BadDocument(f"{path} has no column '{key}' (it has: {', '.join(table.schema_arrow.names)})")
-        return
-    for batch in table.iter_batches(columns=[key], batch_size=1024):
-        for row, text in enumerate(batch.column(0).to_pylist()):
-            yield text if isinstance(text, str) else BadDocument(f"{path}: row {row} of a batch has no text")
+    arrow, row = _optional(path), 0
+    try:
+        table = import_module("pyarrow.parquet").ParquetFile(path)
+        names = table.schema_arrow.names
+        if key not in names:
+            yield BadDocument(
+                f"{path} has no column '{key}' (it has: {', '.join(names)}); give --json-keys KEY"
+            )
+            return
+        for batch in table.iter_batches(columns=[key], batch_size=1024):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield text if isinstance(text, str) else BadDocument(f"{path}: row {row} has no text")
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"--input {path} is damaged after row {row}: {error}") from None
 
 
 def _text_of(line: bytes, key: str, path: Path, where: int) -> str | BadDocument:
@@ -141,7 +187,7 @@ def _text_of(line: bytes, key: str, path: Path, where: int) -> str | BadDocument
 
     try:
         record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return bad(f"not JSON ({error}); mend the line or give --skip-bad-lines")
     if not isinstance(record, dict):
         return bad(f"a JSON {type(record).__name__}, not an object with the key '{key}'")
@@ -149,6 +195,8 @@ def _text_of(line: bytes, key: str, path: Path, where: int) -> str | BadDocument
         return bad(f"no key '{key}' (its keys: {', '.join(record)}); give --json-keys KEY")
     if not isinstance(record[key], str):
         return bad(f"'{key}' is a {type(record[key]).__name__}, not a string")
+    if b"\\u" in line and _HALF.search(record[key]):
+        return bad(f"'{key}' holds half a character (an unpaired \\ud... escape)")
     return record[key]
 
 

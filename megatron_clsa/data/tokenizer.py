@@ -29,7 +29,7 @@ def load_tokenizer(args):
     check_tokenizer(args.tokenizer_type, args.tokenizer_model)
     try:
         tokenizer = build_tokenizer(args)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise UserError(f"--tokenizer-model {args.tokenizer_model} cannot be loaded: {error}") from None
     if _end_of_document(tokenizer) is None:
         raise UserError(
@@ -39,11 +39,10 @@ def load_tokenizer(args):
     return tokenizer
 
 
-def load_tokenizer_of(kind: str, model: str | Path):
+def load_tokenizer_of(kind: str, model: str | Path | None):
     """`load_tokenizer` from a type and a path alone."""
-    return load_tokenizer(
-        TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(model), pad_vocab_size=False)
-    )
+    model = model and str(model)
+    return load_tokenizer(TokenizerConfig(tokenizer_type=kind, tokenizer_model=model, pad_vocab_size=False))
 
 
 def check_tokenizer(kind: str | None, model: str | None) -> None:
@@ -124,10 +123,10 @@ def train_sentencepiece(
 
     Lossless: no normalisation, spaces and line breaks are ordinary characters, unseen ones become bytes.
     """
-    proto = io.BytesIO()
+    proto, bad = io.BytesIO(), []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chunks(texts, max_bytes),
+            sentence_iterator=_chunks(_until_bad(texts, bad), max_bytes),
             model_writer=proto,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -146,14 +145,26 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"--vocab-size {vocab_size} cannot be trained on this text: {_reason(error)}"
-        ) from None
+        reason = UserError(f"--vocab-size {vocab_size} cannot be trained on this text: {_reason(error)}")
+        raise (bad or [reason])[0] from None
+    if bad:
+        raise bad[0]
     temporary = model.with_name(model.name + ".tmp")
-    model.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(proto.getvalue())
-    os.replace(temporary, model)
+    try:
+        model.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(proto.getvalue())
+        os.replace(temporary, model)
+    except OSError as error:
+        raise UserError(f"--output {model} cannot be written: {error.strerror}") from None
     return sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
+
+
+def _until_bad(texts: Iterable[str], bad: list[UserError]) -> Iterator[str]:
+    """Texts up to the first that is refused, which is kept: SentencePiece would wrap it in its own words."""
+    try:
+        yield from texts
+    except UserError as error:
+        bad.append(error)
 
 
 def _reason(error: Exception) -> str:

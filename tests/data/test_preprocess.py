@@ -1,5 +1,6 @@
 """Text to indexed data and back; what a kill leaves behind; what bad input says."""
 
+import io
 import json
 import os
 import signal
@@ -150,6 +151,8 @@ BAD = {
     "not json": ("in.jsonl", '{"text": "a"}\n{"text": \n', r"in.jsonl:2: not JSON .* --skip-bad-lines"),
     "no key": ("in.jsonl", '{"content": "a"}\n', r"in.jsonl:1: no key 'text' \(its keys: content\)"),
     "no text": ("in.jsonl", '{"text": ""}\n', "no usable document"),
+    "half a character": ("in.jsonl", '{"text": "\\ud800"}\n', "in.jsonl:1: 'text' holds half a character"),
+    "too deep": ("in.jsonl", "[" * 99999, "in.jsonl:1: not JSON"),
     "not utf-8": ("in.txt", b"\xff", r"in.txt is not UTF-8 text \(byte 0\)"),
 }
 
@@ -160,6 +163,73 @@ def test_bad_input_is_named(tmp_path, model, name, content, message):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         preprocess(_job(tmp_path, model), [str(tmp_path / name)], 1)
+
+
+@pytest.fixture
+def packed(tmp_path) -> str:
+    """The texts in two Zstandard frames."""
+    zstandard = pytest.importorskip("zstandard")
+    raw = Path(_jsonl(tmp_path / "in.jsonl")).read_bytes()
+    half = raw.index(b"\n", len(raw) // 2) - 5  # within a line
+    path = tmp_path / "in.jsonl.zst"
+    path.write_bytes(b"".join(zstandard.compress(part) for part in (raw[:half], raw[half:])))
+    return str(path)
+
+
+@pytest.fixture
+def columns(tmp_path) -> str:
+    """The texts as the second column of a Parquet file of many row groups."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "in.parquet"
+    table = pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS})
+    parquet.write_table(table, path, row_group_size=50)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["packed", "columns"])
+def test_packed_text_gives_the_bytes_of_plain_text(tmp_path, model, kind, request):
+    preprocess(_job(tmp_path, model), [request.getfixturevalue(kind)], 2)
+    made = [(tmp_path / f"out{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+    preprocess(_job(tmp_path, model), [_jsonl(tmp_path / "plain.jsonl")], 1, overwrite=True)
+    assert made == [(tmp_path / f"out{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.75, 0.999])
+@pytest.mark.parametrize("kind", ["packed", "columns"])
+def test_packed_text_that_is_cut_off_is_refused_even_where_bad_lines_are_skipped(
+    tmp_path, model, kind, keep, request
+):
+    path = request.getfixturevalue(kind)
+    os.truncate(path, int(Path(path).stat().st_size * keep))
+    with pytest.raises(UserError, match=f"--input {path} (is damaged after|cannot be read)"):
+        preprocess(_job(tmp_path, model, skip_bad_lines=True), [path], 2)
+    assert not (tmp_path / "out.idx").exists()
+
+
+def test_a_parquet_column_or_row_that_is_missing_is_named(tmp_path, model, columns):
+    with pytest.raises(UserError, match=r"has no column 'body' \(it has: id, text\); give --json-keys"):
+        preprocess(_job(tmp_path, model, json_key="body"), [columns], 1)
+    with pytest.raises(UserError, match=r"in.parquet: row 1 has no text"):
+        preprocess(_job(tmp_path, model, json_key="id"), [columns], 1)
+
+
+def test_a_file_that_is_named_twice_is_warned_of(tmp_path, model):
+    source, log = _jsonl(tmp_path / "in.jsonl"), io.StringIO()
+    made = preprocess(_job(tmp_path, model), [source, str(tmp_path)], 1, log=log)
+    assert made["documents"] == 2 * len(TEXTS) and f"{source} 2 times" in log.getvalue()
+
+
+def test_a_tokenizer_that_cannot_be_trained_says_why(tmp_path):
+    def texts():
+        yield "some text"
+        raise UserError("in.jsonl:2: not JSON")
+
+    with pytest.raises(UserError, match=r"^in.jsonl:2: not JSON"):
+        train_sentencepiece(texts(), tmp_path / "t.model", vocab_size=300)
+    with pytest.raises(UserError, match=r"--output /proc/none/t.model cannot be written"):
+        train_sentencepiece(TEXTS, Path("/proc/none/t.model"), vocab_size=320)
 
 
 def test_bad_tokenizers_are_named(tmp_path, model):
