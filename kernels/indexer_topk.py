@@ -3,13 +3,14 @@
 Owns the launches and the scratch memory; owns no order of its own: `reference.topk_index` is the meaning
 (fp32 score, -0 equal to +0, NaN last, ties to the smaller position, result ascending, -1 fills).
 
-    topk_guess     1/8 of the keys scored -> a bound a row that about 1.4 k of its scores reach
+    topk_guess     1/8 or 1/16 of the keys scored -> a bound a row that 1.4 k to 1.7 k of its scores reach
     topk_collect   all scores once; (score, position) of those above the bound, in order, to a row's buffer
                    (topk_collect_hopper on Hopper); the k-th best of the buffer by bisection -> positions
     topk_recover   rows whose buffer holds fewer than k or overflowed: bisection by recomputing scores
 
 The bound is a guess; rows it fails for are recovered exactly, so the sample decides speed and nothing else.
-FLOPs: 9/8 x 2 di a visible pair. Bytes a row: sk / 2 of samples, 24 x 1.4 k of candidates, 4 k of index.
+FLOPs: up to 9/8 x 2 di a visible pair. Bytes a row: sk / 2 of samples, 24 x 1.4 k of candidates, 4 k of index
+(from 64K keys on, half the samples and an eighth more candidates).
 Axes: b batch, sq queries, sk keys, di index dim, k selected.
 """
 
@@ -21,12 +22,12 @@ from megatron_clsa.kernels.rows import RowRange
 from megatron_clsa.kernels.topk_collect import choose, collect
 from megatron_clsa.kernels.topk_collect_hopper import collect_hopper
 from megatron_clsa.kernels.topk_guess import (
-    STRIDE,
     TOLERANCE,
     candidate_capacity,
     guess_bound,
     sample_rank,
     sample_scores,
+    sample_stride,
 )
 from megatron_clsa.kernels.topk_recover import recover
 
@@ -62,7 +63,8 @@ def sample_tile(dtype: torch.dtype) -> int:
 def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, row0: int, chunk: int) -> None:
     """Fill `index[:, row0 : row0 + chunk]`."""
     (b, sq, di), sk, k = q_idx.shape, k_idx.shape[1], index.shape[2]
-    capacity, columns = min(candidate_capacity(k), triton.next_power_of_2(sk)), sk // STRIDE
+    stride = sample_stride(sk)
+    capacity, columns = min(candidate_capacity(k, stride), triton.next_power_of_2(sk)), sk // stride
     exact = exact_tile(q_idx.dtype)
     slots, tiles = capacity + exact + 16, triton.cdiv(chunk, exact)
     new = {"device": q_idx.device}
@@ -79,13 +81,13 @@ def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, r
         grid = (triton.cdiv(columns, side), triton.cdiv(chunk, side), b)
         sample_scores[grid](
             q_idx, k_idx, rows.start, rows.end, samples, row0, chunk, columns, width, sq, sk, capacity,
-            BM=side, BC=side, STRIDE=STRIDE, num_warps=8, **vectors,
+            BM=side, BC=side, STRIDE=stride, num_warps=8, **vectors,
         )  # fmt: skip
-    rank = sample_rank(k)
+    rank = sample_rank(k, stride)
     enough = int(rank * (1 + TOLERANCE))
     guess_bound[(chunk, b)](
         samples, rows.start, rows.end, bound, row0, columns, width, rank, enough, sq, sk, capacity,
-        STRIDE=STRIDE, BLOCK=max(64, triton.next_power_of_2(columns)), num_warps=4 if columns <= 4096 else 8,
+        STRIDE=stride, BLOCK=max(64, triton.next_power_of_2(columns)), num_warps=4 if columns <= 4096 else 8,
     )  # fmt: skip
     streamed = (q_idx, k_idx, rows.start, rows.end, bound, buffer, count, row0, chunk, sq, sk, k)
     if _on_hopper(q_idx):
@@ -97,10 +99,14 @@ def _launch_chunk(q_idx: Tensor, k_idx: Tensor, rows: RowRange, index: Tensor, r
             *streamed, CAPACITY=capacity, SLOTS=slots, STAGES=1 if precision == "ieee" else STAGES - 1,
             NATIVE=q_idx.is_cuda, **tile, **vectors,
         )  # fmt: skip
+    wide = triton.next_power_of_2(capacity)
+    split = 4 * capacity <= 3 * wide
+    # With the wider half's registers fewer rows would run at once; it is for rare rows and may spill.
+    limit = {"maxnreg": 80} if split and wide > 4096 and q_idx.is_cuda else {}
     choose[(chunk, b)](
         buffer, count, bound, rows.start, rows.end, index, failed, row0, chunk, tiles * exact, sq, sk, k,
-        CAPACITY=capacity, SLOTS=slots, BLOCK=min(CHOOSE_BLOCK, capacity), NATIVE=q_idx.is_cuda,
-        num_warps=max(4, capacity // 1024),
+        CAPACITY=capacity, WIDE=wide, SPLIT=split, SLOTS=slots, BLOCK=min(CHOOSE_BLOCK, wide),
+        NATIVE=q_idx.is_cuda, num_warps=max(4, wide // (2048 if split else 1024)), **limit,
     )  # fmt: skip
     recover[(tiles, b)](
         q_idx, k_idx, rows.start, rows.end, failed, index, row0, chunk, sq, sk, k, **tile, **vectors

@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_clsa.kernels import kd_sweep, kd_sweep_hopper
+from megatron_clsa.kernels.kd_selected import Selected, mark_selected
 from megatron_clsa.kernels.rows import RowRange
 
 HOPPER_KEYS, HOPPER_STAGES = 256, 4  # of kd_sweep_hopper: 208 KiB of query and key tiles
@@ -102,20 +103,13 @@ def _tile_ranges(rows: RowRange, row_tile: int, num_keys: int) -> tuple[Tensor, 
     return torch.minimum(low, high).int().contiguous(), high.int().contiguous()
 
 
-def _selected_bytes(index: Tensor, padded: int, rows: int) -> Tensor:
-    """`[rows, padded]` bytes, 1 at the positions of `index [r, k]`; -1 marks the last, which no row sees."""
-    chosen = torch.zeros(rows, padded, dtype=torch.uint8, device=index.device)
-    chosen[: index.shape[0]].scatter_(1, torch.where(index < 0, padded - 1, index).long(), 1)
-    return chosen
-
-
 @dataclass(frozen=True)
 class _Chunk:
     """Rows `row0 .. row0 + count - 1` of one batch entry: the arguments that every launch takes.
 
     Attributes:
         low, high: `[tiles ..]` int32, the keys that each row tile sees.
-        chosen: `[row_tiles * rows of a tile, padded]` bytes, or None without an index.
+        chosen: the selected keys, or None without an index.
     """
 
     batch: int
@@ -124,7 +118,15 @@ class _Chunk:
     row_tiles: int
     low: Tensor
     high: Tensor
-    chosen: Tensor | None
+    chosen: Selected | None
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.chosen.mask if self.chosen else None
+
+    @property
+    def flags(self) -> Tensor | None:
+        return self.chosen.flags if self.chosen else None
 
 
 class Sweep:
@@ -137,9 +139,9 @@ class Sweep:
         self.sk, self.kv = inputs.key.shape[1:3]
         self.di = inputs.q_idx.shape[-1]
         self.wide = max(16, triton.next_power_of_2(self.di))
-        self.hopper = tiles.hopper and inputs.index is None and on_hopper(inputs.query, inputs.q_idx)
-        step = HOPPER_KEYS if self.hopper else tiles.keys * (2 if tiles.pair else 1)
-        self.padded = (self.sk // step + 1) * step
+        self.hopper = tiles.hopper and on_hopper(inputs.query, inputs.q_idx)
+        self.step = HOPPER_KEYS if self.hopper else tiles.keys * (2 if tiles.pair else 1)
+        self.padded = (self.sk // self.step + 1) * self.step
         row_bytes = self.padded * (inputs.query.element_size() + (inputs.index is not None))
         fitting = max(1, SCRATCH_BYTES // row_bytes // tiles.rows) * tiles.rows
         self.chunk_rows = min(fitting, triton.cdiv(self.sq, tiles.rows) * tiles.rows)
@@ -158,6 +160,7 @@ class Sweep:
         exact = inputs.query.dtype == torch.float32
         self.tile = {"BM": rows, "BN": keys, "D": self.wide, "PRECISION": "ieee" if exact else "tf32"}
         self.product_options = {"DI": self.di, "STAGES": 1 if exact else 3}
+        self.skips = {"STEP": self.step, "SELECTED": inputs.index is not None}
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """ce `[b, sq]`, dq `[b, sq, di]` unweighted, dk `[b, sk, di]` weighted, all fp32."""
@@ -186,7 +189,8 @@ class Sweep:
                 row_tiles, chosen = triton.cdiv(count, self.tiles.rows), None
                 if self.inputs.index is not None:
                     index = self.inputs.index[batch, row0 : row0 + count]
-                    chosen = _selected_bytes(index, self.padded, row_tiles * self.tiles.rows)
+                    padded_rows, rows = row_tiles * self.tiles.rows, self.tiles.rows
+                    chosen = mark_selected(index, padded_rows, self.padded, rows, self.step)
                 low, high = self.low[batch, first:], self.high[batch, first:]
                 yield _Chunk(batch, row0, count, row_tiles, low, high, chosen)
 
@@ -201,10 +205,10 @@ class Sweep:
         span, rows = self.tiles.gradient_span, self.inputs.rows
         parts = self._parts(span, chunk.count)
         kd_sweep.index_lse[(chunk.row_tiles, self._spans(span))](
-            self.qi, self.ki, rows.start, rows.end, chunk.low, chunk.high, chunk.chosen, parts,
+            self.qi, self.ki, rows.start, rows.end, chunk.low, chunk.high, chunk.mask, chunk.flags, parts,
             chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded,
-            self.inputs.index_scale * LOG2E, SPAN=span, SELECTED=chunk.chosen is not None,
-            num_warps=max(4, self.tiles.rows // 16), **self.tile,
+            self.inputs.index_scale * LOG2E, SPAN=span, num_warps=max(4, self.tiles.rows // 16),
+            **self.tile, **self.skips,
         )  # fmt: skip
         return torch.logsumexp(parts / LOG2E, 0) * LOG2E
 
@@ -217,16 +221,18 @@ class Sweep:
         scales = inputs.scale * LOG2E, inputs.index_scale * LOG2E
         shape = {"KV": self.kv, "G": self.h // self.kv, "SPAN": tiles.span, "BAND": tiles.band}
         if self.hopper:
+            order, counts = chunk.chosen.listed() if chunk.chosen else (None, None)
             kd_sweep_hopper.sweep_hopper[(chunk.row_tiles * spans,)](
-                *self._hopper_operands(), index_lse, *ranges, self.scratch, product, *where, *scales,
-                D=self.d, BM=tiles.rows, BN=HOPPER_KEYS, GRADIENT=self.gradient, STAGES=HOPPER_STAGES,
-                num_warps=8, **shape,
+                *self._hopper_operands(), index_lse, *ranges, chunk.mask, order, counts, self.scratch,
+                product, *where, *scales,
+                D=self.d, BM=tiles.rows, BN=HOPPER_KEYS, SELECTED=chunk.chosen is not None,
+                GRADIENT=self.gradient, STAGES=HOPPER_STAGES, num_warps=8, **shape,
             )  # fmt: skip
         else:
             limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
             kd_sweep.sweep[(chunk.row_tiles * spans,)](
-                self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, *ranges, chunk.chosen, self.scratch,
-                product, *where, *scales,
+                self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, *ranges, chunk.mask, chunk.flags,
+                self.scratch, product, *where, *scales,
                 HEAD=self.d, PAIR=tiles.pair, SELECTED=chunk.chosen is not None, GRADIENT=self.gradient,
                 STAGES=tiles.stages, num_warps=tiles.warps, **shape, **self.tile, **limit,
             )  # fmt: skip
@@ -244,16 +250,17 @@ class Sweep:
         span = self.tiles.gradient_span
         parts = self._parts(span, chunk.count, self.di)
         kd_sweep.query_gradient[(chunk.row_tiles, self._spans(span))](
-            self.scratch, self.ki, chunk.low, chunk.high, parts, chunk.batch, chunk.count, self.sk,
-            self.padded,
+            self.scratch, self.ki, chunk.low, chunk.high, chunk.flags, parts, chunk.batch, chunk.count,
+            self.sk, self.padded,
             SPAN=span, num_warps=max(4, self.tiles.rows // 16), **self.tile, **self.product_options,
+            **self.skips,
         )  # fmt: skip
         torch.sum(parts, 0, out=dq)
 
     def _key_gradient(self, chunk: _Chunk, dk: Tensor) -> None:
         """Add the chunk's rows to dk `[sk, di]`."""
         kd_sweep.key_gradient[(self.padded // self.tiles.keys,)](
-            self.scratch, self.weighted, chunk.low, chunk.high, dk, chunk.batch, chunk.row0, self.sq, self.sk,
-            self.padded, chunk.row_tiles, TILES=triton.next_power_of_2(chunk.row_tiles), num_warps=8,
-            **self.tile, **self.product_options,
+            self.scratch, self.weighted, chunk.low, chunk.high, chunk.flags, dk, chunk.batch, chunk.row0,
+            self.sq, self.sk, self.padded, chunk.row_tiles, TILES=triton.next_power_of_2(chunk.row_tiles),
+            num_warps=8, **self.tile, **self.product_options, **self.skips,
         )  # fmt: skip

@@ -28,6 +28,15 @@ def _visible(MASK, start, end, local, j, padded, SELECTED: tl.constexpr):
 
 
 @triton.jit
+def _holds_any(FLAGS, tile, s, padded, STEP: tl.constexpr, SELECTED: tl.constexpr):
+    """Whether the tile at key `s` holds a selected key; FLAGS `[row tiles, padded / STEP]`."""
+    flag = tl.full([], 1, tl.int32)
+    if SELECTED:
+        flag = tl.load(FLAGS + tile * (padded // STEP) + s // STEP)
+    return flag != 0
+
+
+@triton.jit
 def _rows(START, END, batch, row, inside, sq, sk):
     at = batch.to(tl.int64) * sq + row
     start = tl.load(START + at, mask=inside, other=0)
@@ -37,9 +46,9 @@ def _rows(START, END, batch, row, inside, sq, sk):
 
 @triton.jit
 def index_lse(
-    QI, KI, START, END, LOW, HIGH, MASK, LSE, batch, row0, chunk, sq, sk, padded, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, SELECTED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    QI, KI, START, END, LOW, HIGH, MASK, FLAGS, LSE, batch, row0, chunk, sq, sk, padded, scale,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
+    SELECTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2 of the sum of exp2(I) over one span of keys: LSE `[spans, chunk]`, -inf where none is visible."""
     tile, span = tl.program_id(0), tl.program_id(1)
@@ -51,12 +60,14 @@ def index_lse(
     q = QI.load([batch * sq + row0 + tile * BM, 0])
     most, total = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
     for s in tl.range(low // BN * BN, high, BN):
-        j = s + tl.arange(0, BN)
-        x = tl.dot(q, KI.load([batch * sk + s, 0]).T, input_precision=PRECISION) * scale
-        x = tl.where(_visible(MASK, start, end, local, j, padded, SELECTED), x, -1e30)
-        new = tl.maximum(most, tl.max(x, 1))
-        total = total * tl.exp2(most - new) + tl.sum(tl.where(x > -1e29, tl.exp2(x - new[:, None]), 0.0), 1)
-        most = new
+        if _holds_any(FLAGS, tile, s, padded, STEP, SELECTED):
+            j = s + tl.arange(0, BN)
+            x = tl.dot(q, KI.load([batch * sk + s, 0]).T, input_precision=PRECISION) * scale
+            x = tl.where(_visible(MASK, start, end, local, j, padded, SELECTED), x, -1e30)
+            new = tl.maximum(most, tl.max(x, 1))
+            weight = tl.where(x > -1e29, tl.exp2(x - new[:, None]), 0.0)
+            total = total * tl.exp2(most - new) + tl.sum(weight, 1)
+            most = new
     lse = tl.where(total > 0, most + tl.log2(total), float("-inf"))
     tl.store(LSE + tl.cast(span, tl.int64) * chunk + local, lse, mask=local < chunk)
 
@@ -107,13 +118,15 @@ def _finish_tile(
 
 @triton.jit
 def sweep(
-    Q, K, LSE, QI, KI, INDEX_LSE, START, END, LOW, HIGH, MASK, SCRATCH, PRODUCT,
+    Q, K, LSE, QI, KI, INDEX_LSE, START, END, LOW, HIGH, MASK, FLAGS, SCRATCH, PRODUCT,
     batch, row0, chunk, sq, sk, padded, tiles, spans, scale, index_scale,
     KV: tl.constexpr, G: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PAIR: tl.constexpr, SPAN: tl.constexpr, BAND: tl.constexpr, SELECTED: tl.constexpr,
     GRADIENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row tile x one span: d to SCRATCH `[chunk, padded]`, the sum of A I to PRODUCT `[spans, chunk]`.
+
+    Tiles without a selected key are passed over; their part of SCRATCH is left as it was, and not read.
 
     Programs go through BAND row tiles before the next span, so that those running together share keys
     and queries in the L2 cache.
@@ -135,29 +148,30 @@ def sweep(
     product = tl.zeros([BM], tl.float32)
     STEP: tl.constexpr = 2 * BN if PAIR else BN
     for s in tl.range(low // STEP * STEP, high, STEP, num_stages=1):
-        k_row = batch * sk + s
-        total, other = _attention_tiles(
-            Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale,
-            KV, G, HEAD, BM, BN, PAIR, STAGES, PRECISION,
-        )  # fmt: skip
-        q_idx = QI.load([q_row, 0])
-        product += _finish_tile(
-            total, q_idx, KI, k_row, s, MASK, SCRATCH, start, end, local, index_lse, padded, index_scale,
-            KV * G, BN, SELECTED, GRADIENT, PRECISION,
-        )  # fmt: skip
-        if PAIR:
-            product += _finish_tile(
-                other, q_idx, KI, k_row + BN, s + BN, MASK, SCRATCH, start, end, local, index_lse, padded,
-                index_scale, KV * G, BN, SELECTED, GRADIENT, PRECISION,
+        if _holds_any(FLAGS, tile, s, padded, STEP, SELECTED):
+            k_row = batch * sk + s
+            total, other = _attention_tiles(
+                Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale,
+                KV, G, HEAD, BM, BN, PAIR, STAGES, PRECISION,
             )  # fmt: skip
+            q_idx = QI.load([q_row, 0])
+            product += _finish_tile(
+                total, q_idx, KI, k_row, s, MASK, SCRATCH, start, end, local, index_lse, padded, index_scale,
+                KV * G, BN, SELECTED, GRADIENT, PRECISION,
+            )  # fmt: skip
+            if PAIR:
+                product += _finish_tile(
+                    other, q_idx, KI, k_row + BN, s + BN, MASK, SCRATCH, start, end, local, index_lse, padded,
+                    index_scale, KV * G, BN, SELECTED, GRADIENT, PRECISION,
+                )  # fmt: skip
     tl.store(PRODUCT + tl.cast(span, tl.int64) * chunk + local, product, mask=inside)
 
 
 @triton.jit
 def query_gradient(
-    SCRATCH, KI, LOW, HIGH, DQ, batch, chunk, sk, padded,
+    SCRATCH, KI, LOW, HIGH, FLAGS, DQ, batch, chunk, sk, padded,
     DI: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, SELECTED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ `[spans, chunk, di]`: d k_idx over one span of keys."""
     tile, span = tl.program_id(0), tl.program_id(1)
@@ -167,7 +181,12 @@ def query_gradient(
     high = tl.minimum(tl.load(HIGH + tile), (span + 1) * SPAN)
     dq = tl.zeros([BM, D], tl.float32)
     for s in tl.range(low // BN * BN, high, BN, num_stages=STAGES):
-        d = tl.load(SCRATCH + local.to(tl.int64)[:, None] * padded + s + tl.arange(0, BN)[None, :])
+        source = SCRATCH + local.to(tl.int64)[:, None] * padded + s + tl.arange(0, BN)[None, :]
+        if SELECTED:
+            any_key = _holds_any(FLAGS, tile, s, padded, STEP, SELECTED)
+            d = tl.load(source, mask=tl.broadcast_to(any_key, (BM, BN)), other=0.0)
+        else:
+            d = tl.load(source)
         dq = tl.dot(d, KI.load([batch * sk + s, 0]), dq, input_precision=PRECISION)
     c = tl.arange(0, D)
     out = tl.cast(span, tl.int64) * chunk + local
@@ -176,9 +195,9 @@ def query_gradient(
 
 @triton.jit
 def key_gradient(
-    SCRATCH, QW, LOW, HIGH, DK, batch, row0, sq, sk, padded, tiles,
+    SCRATCH, QW, LOW, HIGH, FLAGS, DK, batch, row0, sq, sk, padded, tiles,
     DI: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, SELECTED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DK `[sk, di]` fp32 of one key tile += d^T q over the row tiles that see it; q already weighted."""
     s = tl.program_id(0) * BN
@@ -197,6 +216,7 @@ def key_gradient(
         dk = tl.load(at, mask=keep, other=0.0)
         for tile in tl.range(first, last + 1, num_stages=STAGES):
             seen = (tl.load(LOW + tile) // BN * BN < s + BN) & (tl.load(HIGH + tile) > s)
+            seen = seen & _holds_any(FLAGS, tile, s, padded, STEP, SELECTED)
             local = tile * BM + tl.arange(0, BM)
             source = SCRATCH + local.to(tl.int64)[:, None] * padded + j[None, :]
             d = tl.load(source, mask=tl.broadcast_to(seen, (BM, BN)), other=0.0)

@@ -46,10 +46,22 @@ def _load_queries(Q, ring, full, n, limit, q_row, HEADS: gl.constexpr, D: gl.con
 
 
 @gluon.jit
-def _load_keys(K, KI, ring, full, m, limit, k_row, KV: gl.constexpr, D: gl.constexpr, BN: gl.constexpr):
+def _tile_key(ORDER, low, i, BN: gl.constexpr, SELECTED: gl.constexpr):
+    """First key of the program's i-th tile: one after the other, or as ORDER lists them from `low` on."""
+    if SELECTED:
+        return gl.load(ORDER + low + i) * BN
+    else:
+        return low + i * BN
+
+
+@gluon.jit
+def _load_keys(
+    K, KI, ORDER, ring, full, m, limit, first_row, low,
+    KV: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, SELECTED: gl.constexpr,
+):  # fmt: skip
     """Start the copy of the m-th group of keys: each tile has KV groups and the index's keys."""
     group, tile, buffer, wanted = m % (KV + 1), m // (KV + 1), m % 2, m < limit
-    row = k_row + tile * BN
+    row = first_row + _tile_key(ORDER, low, tile, BN, SELECTED)
     mbarrier.expect(full.index(buffer), K.block_type.nbytes, pred=wanted)
     tma.async_copy_global_to_shared(
         K, [row, group * D], full.index(buffer), ring.index(buffer), pred=wanted & (group < KV)
@@ -77,12 +89,17 @@ def _multiply(queries, keys, n, m, index, score, STAGES: gl.constexpr):
 
 @gluon.jit
 def sweep_hopper(
-    Q, K, LSE, QI, KI, INDEX_LSE, START, END, LOW, HIGH, SCRATCH, PRODUCT,
+    Q, K, LSE, QI, KI, INDEX_LSE, START, END, LOW, HIGH, MASK, ORDER, COUNTS, SCRATCH, PRODUCT,
     batch, row0, chunk, sq, sk, padded, tiles, spans, scale, index_scale,
     KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    SPAN: gl.constexpr, BAND: gl.constexpr, GRADIENT: gl.constexpr, STAGES: gl.constexpr,
+    SPAN: gl.constexpr, BAND: gl.constexpr, SELECTED: gl.constexpr, GRADIENT: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `kd_sweep.sweep` with SELECTED off; HEAD and the index's dim are D, all tiles 16-bit floats."""
+    """As `kd_sweep.sweep`; HEAD and the index's dim are D, all tiles 16-bit floats.
+
+    With SELECTED, a row tile's key tiles are the first COUNTS `[row tiles]` of its part of ORDER (all parts
+    one after the other, padded / BN numbers each), and a span is SPAN / BN of these.
+    """
     HEADS: gl.constexpr = KV * G
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BM // 16, 2], [16, BN // 2, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
@@ -94,13 +111,17 @@ def sweep_hopper(
     span = pid % (BAND * spans) // width
     local = tile * BM + gl.arange(0, BM, ROWS)
     inside = local < chunk
-    low = gl.maximum(gl.load(LOW + tile), span * SPAN) // BN * BN
-    high = gl.minimum(gl.load(HIGH + tile), (span + 1) * SPAN)
-    product = gl.zeros([BM], gl.float32, ROWS)
-    if low < high:
+    if SELECTED:
+        low = tile * (padded // BN) + span * (SPAN // BN)
+        count = gl.minimum(gl.load(COUNTS + tile) - span * (SPAN // BN), SPAN // BN)
+    else:
+        low = gl.maximum(gl.load(LOW + tile), span * SPAN) // BN * BN
+        high = gl.minimum(gl.load(HIGH + tile), (span + 1) * SPAN)
         count = (high - low + BN - 1) // BN
+    product = gl.zeros([BM], gl.float32, ROWS)
+    if count > 0:
         steps, groups = count * HEADS + 1, count * (KV + 1) + 1
-        q_row, k_row = batch * sq + row0 + tile * BM, batch * sk + low
+        q_row, k_row = batch * sq + row0 + tile * BM, batch * sk
         queries = gl.allocate_shared_memory(Q.dtype, [STAGES + 1, BM, D], Q.layout)
         keys = gl.allocate_shared_memory(K.dtype, [2, BN, D], K.layout)
         q_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
@@ -112,7 +133,7 @@ def sweep_hopper(
         gl.thread_barrier()
         _load_queries(Q, queries, q_full, 0, steps, q_row, HEADS, D, STAGES)
         for i in gl.static_range(2):
-            _load_keys(K, KI, keys, k_full, i, groups, k_row, KV, D, BN)
+            _load_keys(K, KI, ORDER, keys, k_full, i, groups, k_row, low, KV, D, BN, SELECTED)
         for i in gl.static_range(1, STAGES):
             _load_queries(Q, queries, q_full, i, steps, q_row, HEADS, D, STAGES)
         mbarrier.expect(q_full.index(STAGES), QI.block_type.nbytes)
@@ -132,7 +153,7 @@ def sweep_hopper(
         running = _multiply(queries, keys, n, m, False, zeros, STAGES)
         _await(q_full, k_full, n + 1, m + 1 // G, False, STAGES)
         score_a = warpgroup_mma_wait(0, deps=[running])
-        for s in range(low, low + count * BN, BN):
+        for i in range(count):
             total = zeros
             for pair in range(HEADS // 2):
                 head = 2 * pair  # its product is made: start the next one's, then use it
@@ -143,7 +164,7 @@ def sweep_hopper(
                 gl.thread_barrier()
                 _load_queries(Q, queries, q_full, n + STAGES, steps, q_row, HEADS, D, STAGES)
                 if (head + 1) % G == 0:
-                    _load_keys(K, KI, keys, k_full, group + 1, groups, k_row, KV, D, BN)
+                    _load_keys(K, KI, ORDER, keys, k_full, group + 1, groups, k_row, low, KV, D, BN, SELECTED)
                 total += _exp2(score_a * scale - lse_a[:, None])
                 group = m + (head + 2) // G  # of the index, after the last head
                 _await(q_full, k_full, n + 2, group, last, STAGES)
@@ -155,7 +176,7 @@ def sweep_hopper(
                 gl.thread_barrier()
                 _load_queries(Q, queries, q_full, n + 1 + STAGES, steps, q_row, HEADS, D, STAGES)
                 if (head + 2) % G == 0:
-                    _load_keys(K, KI, keys, k_full, group + 1, groups, k_row, KV, D, BN)
+                    _load_keys(K, KI, ORDER, keys, k_full, group + 1, groups, k_row, low, KV, D, BN, SELECTED)
                 total += _exp2(score_b * scale - lse_b[:, None])
                 n += 2
                 following = gl.where(last, KV + 1, (head + 3) // G)
@@ -165,9 +186,12 @@ def sweep_hopper(
             m += KV + 1  # the index's product is made: start the next tile's first head
             other = _multiply(queries, keys, n, m, False, score_b, STAGES)
             gl.thread_barrier()
-            _load_keys(K, KI, keys, k_full, m + 1, groups, k_row, KV, D, BN)
-            j = s + column
+            _load_keys(K, KI, ORDER, keys, k_full, m + 1, groups, k_row, low, KV, D, BN, SELECTED)
+            j = _tile_key(ORDER, low, i, BN, SELECTED) + column
             seen = (j[None, :] >= start[:, None]) & (j[None, :] <= end[:, None])
+            if SELECTED:
+                chosen = gl.load(MASK + local.to(gl.int64)[:, None] * padded + j[None, :])
+                seen = seen & (chosen != 0)
             total = gl.where(seen, total, 0.0)
             x = gl.where(seen, score_a * index_scale, 0.0)
             if GRADIENT:
@@ -175,7 +199,7 @@ def sweep_hopper(
                 out = SCRATCH + local.to(gl.int64)[:, None] * padded + j[None, :]
                 gl.store(out, d.to(SCRATCH.dtype.element_ty))
             product += gl.sum(total * x, 1)
-            if s + BN < high:
+            if i + 1 < count:
                 _await(q_full, k_full, n + 1, m + 1 // G, False, STAGES)
             score_a = warpgroup_mma_wait(0, deps=[other])
     gl.store(PRODUCT + span.to(gl.int64) * chunk + local, product, mask=inside)

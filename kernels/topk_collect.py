@@ -161,11 +161,28 @@ def _write_chosen(entries, out, kth, room, count, BLOCK: tl.constexpr, NATIVE: t
 
 
 @triton.jit
+def _choose_of(entries, out, bound, count, k, LANES: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr):
+    """Write the k best of at most LANES candidates; returns whether that failed (NaN among the k best)."""
+    c = tl.arange(0, LANES)
+    x = tl.load(entries + c, mask=c < (count + 1) // 2 * 2, other=0).to(tl.int32)
+    x = tl.where(c < count, x.to(tl.float32, bitcast=True), float("nan"))
+    kth, reach = _kth_best(x, bound, count, k)
+    if reach >= k:
+        room = k - tl.sum((x > kth).to(tl.int32))
+        _write_chosen(entries, out, kth, room, count, BLOCK, NATIVE)
+    return reach < k
+
+
+@triton.jit
 def choose(
     BUFFER, COUNT, BOUND, START, END, INDEX, FAILED, row0, chunk, padded, sq, sk, k,
-    CAPACITY: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr,
+    CAPACITY: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """One row: the exact k best of its candidates, positions ascending; flags a row it cannot serve."""
+    """One row: the exact k best of its candidates, positions ascending; flags a row it cannot serve.
+
+    WIDE is the power of two that holds CAPACITY; with SPLIT most rows fit its half, at half the work.
+    """
     row, batch = tl.program_id(0), tl.program_id(1)
     out = INDEX + (batch.to(tl.int64) * sq + row0 + row) * k
     source = batch.to(tl.int64) * chunk + row
@@ -179,12 +196,11 @@ def choose(
             tl.store(out + j, tl.where(j < seen, start + j, -1), mask=j < k)
     elif not failed:
         entries = BUFFER + (batch.to(tl.int64) * padded + row) * SLOTS
-        c = tl.arange(0, CAPACITY)
-        x = tl.load(entries + c, mask=c < (count + 1) // 2 * 2, other=0).to(tl.int32)
-        x = tl.where(c < count, x.to(tl.float32, bitcast=True), float("nan"))
-        kth, reach = _kth_best(x, bound, count, k)
-        failed = reach < k
-        if not failed:
-            room = k - tl.sum((x > kth).to(tl.int32))
-            _write_chosen(entries, out, kth, room, count, BLOCK, NATIVE)
+        if SPLIT:
+            if count <= WIDE // 2:
+                failed = _choose_of(entries, out, bound, count, k, WIDE // 2, BLOCK, NATIVE)
+            else:
+                failed = _choose_of(entries, out, bound, count, k, WIDE, BLOCK, NATIVE)
+        else:
+            failed = _choose_of(entries, out, bound, count, k, WIDE, BLOCK, NATIVE)
     tl.store(FAILED + source, failed.to(tl.int32))

@@ -2,11 +2,13 @@
 
 Owns the sample and its rank; owns no exactness: a wrong guess costs the row's recovery and nothing else.
 
-    one key of every 8 (its place in the 8 is hashed, so that no period in the keys can hide from it)
+    one key of every 8 or 16 (its place in them is hashed, so that no period in the keys can hide from it)
     q_idx x sampled keys -> bf16 samples [rows, sk / 8]; their `rank`-th largest value is the bound
 
-With `rank` 6 standard deviations above k / 8, fewer than one row in 10^9 has fewer than k scores above it.
-Work: 1/8 of a score pass, 2 B written and read a sample, about 10 compares a sample for the bisection.
+With `rank` 6 standard deviations above k / 8, fewer than one row in 10^9 has fewer than k scores above it,
+and as few have more than the buffer holds: a row that fails is recovered exactly, but a single one takes tens
+of milliseconds at 128K. Work: 1/8 of a score pass, 2 B written and read a sample, about 10 compares a sample
+for the bisection.
 Axes: sq queries, sk keys, di index dim, k selected, c sampled keys.
 """
 
@@ -17,21 +19,26 @@ import triton.language as tl
 
 from megatron_clsa.kernels.topk_tile import load_rows, load_vectors
 
-STRIDE = 8
+LONG = 65536  # keys from which one in 16 is scored: the guess costs half, the candidates are an eighth more
 DEVIATIONS = 6.0
 TOLERANCE = 1 / 16  # the bisection stops at a rank of at most (1 + TOLERANCE) x the wanted one
 LARGEST = tl.constexpr(3.0e38)
 
 
-def sample_rank(k: int) -> int:
+def sample_stride(num_keys: int) -> int:
+    """One key of how many is scored for the guess: a power of two."""
+    return 16 if num_keys >= LONG else 8
+
+
+def sample_rank(k: int, stride: int) -> int:
     """How many samples must reach the bound so that k keys do."""
-    return math.ceil(k / STRIDE + DEVIATIONS * math.sqrt(k / STRIDE)) + 4
+    return math.ceil(k / stride + DEVIATIONS * math.sqrt(k / stride)) + 4
 
 
-def candidate_capacity(k: int) -> int:
-    """Slots a row needs for the scores above its bound, 6 deviations included: a power of two."""
-    rank = sample_rank(k) * (1 + TOLERANCE)
-    return triton.next_power_of_2(math.ceil(STRIDE * (rank + DEVIATIONS * math.sqrt(rank))))
+def candidate_capacity(k: int, stride: int) -> int:
+    """Slots a row needs for the scores above its bound, 6 deviations included: a multiple of 64."""
+    rank = sample_rank(k, stride) * (1 + TOLERANCE)
+    return -(-math.ceil(stride * (rank + DEVIATIONS * math.sqrt(rank))) // 64) * 64
 
 
 @triton.jit
@@ -91,7 +98,7 @@ def guess_bound(
     SAMPLES, START, END, BOUND, row0, columns, width, rank, enough, sq, sk, capacity,
     STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: the bound from the samples whose 8 keys it sees; -inf where all its keys fit the buffer."""
+    """One row: the bound from the samples that stand for keys it sees; -inf where all fit the buffer."""
     row, batch = tl.program_id(0), tl.program_id(1)
     start, end = load_rows(START, END, batch, row0 + row, True, sq, sk)
     bound = float("-inf")

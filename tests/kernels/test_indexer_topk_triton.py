@@ -14,7 +14,7 @@ from megatron_clsa.kernels.rows import RowRange, causal_rows
 from megatron_clsa.kernels.streaming_topk import streaming_topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LONG = 700  # more keys than the 512 candidates kept for k = 16: the rows need a sampled bound
+LONG = 700  # more keys than the candidates kept for k = 16: the rows need a sampled bound
 
 
 def integers(*shape, seed=0, span=3):
@@ -168,10 +168,9 @@ def test_two_runs_are_bitwise_equal():
 @pytest.mark.parametrize("deviations", [-12.0, 40.0])
 def test_a_wrong_guess_costs_time_and_nothing_else(deviations, monkeypatch):
     """A bound that too few or too many scores reach: all long rows are recovered."""
-    capacity = topk_guess.candidate_capacity(32)
-    rank = max(1, int(32 / topk_guess.STRIDE + deviations))
-    monkeypatch.setattr(indexer_topk, "sample_rank", lambda k: rank)
-    monkeypatch.setattr(indexer_topk, "candidate_capacity", lambda k: min(capacity, 256))
+    rank = max(1, int(32 / topk_guess.sample_stride(LONG) + deviations))
+    monkeypatch.setattr(indexer_topk, "sample_rank", lambda k, stride: rank)
+    monkeypatch.setattr(indexer_topk, "candidate_capacity", lambda k, stride: 256)
     check(integers(1, 9, 16), integers(1, LONG, 16, seed=1), last_rows(9, LONG), 32)
 
 
@@ -196,10 +195,20 @@ def test_op_passes_opcheck():
     torch.library.opcheck(torch.ops.megatron_clsa.topk_index.default, arguments)
 
 
-def test_capacity_leaves_room_for_the_expected_candidates():
+@pytest.mark.parametrize("stride", [8, 16])
+def test_capacity_leaves_room_for_the_expected_candidates(stride):
     for k in (16, 100, 1000, 2048, 4096):
-        expected = topk_guess.STRIDE * topk_guess.sample_rank(k) * (1 + topk_guess.TOLERANCE)
-        assert k < expected < topk_guess.candidate_capacity(k)
+        expected = stride * topk_guess.sample_rank(k, stride) * (1 + topk_guess.TOLERANCE)
+        assert k < expected < topk_guess.candidate_capacity(k, stride)
+
+
+@pytest.mark.parametrize("keys", [LONG, 1100])
+def test_a_sample_of_one_in_sixteen_selects_the_same(keys, monkeypatch):
+    """As from 64K keys on; also with more candidates than half of the lanes of `choose`."""
+    monkeypatch.setattr(indexer_topk, "sample_stride", lambda keys: 16)
+    check(integers(1, 30, 16, span=9), integers(1, keys, 16, seed=1, span=9), last_rows(30, keys), 20)
+    monkeypatch.setattr(indexer_topk, "sample_rank", lambda k, stride: 25)
+    check(integers(1, 30, 16, span=9), integers(1, keys, 16, seed=1, span=9), last_rows(30, keys), 20)
 
 
 @pytest.mark.parametrize("dtype", indexer_topk.SUPPORTED)
@@ -233,15 +242,18 @@ def test_long_sequences_equal_chunked_torch(seq, k):
 
 
 @pytest.mark.gpu
-def test_random_scores_are_selected_to_float64_rounding():
-    """No score left out exceeds a selected one by more than rounding of the fp32 sums."""
+@pytest.mark.parametrize("seq", [8192, 32768, 131072])
+def test_random_scores_are_selected_to_float64_rounding(seq):
+    """No score left out exceeds a selected one by more than rounding of the fp32 sums; printed with -rP."""
     generator = torch.Generator(DEVICE).manual_seed(0)
-    q_idx, k_idx = (torch.randn(1, 32768, 128, generator=generator, device=DEVICE).bfloat16() for _ in "qk")
-    rows = causal_rows(1, 32768, DEVICE)
+    q_idx, k_idx = (torch.randn(1, seq, 128, generator=generator, device=DEVICE).bfloat16() for _ in "qk")
+    rows = causal_rows(1, seq, DEVICE)
     index = triton_topk(q_idx, k_idx, rows, 2048)[0, -64:].long()
-    scores = (q_idx[0, -64:].double() @ k_idx[0].double().T).masked_fill(~rows.mask(32768)[0, -64:], -1e9)
+    seen = last_rows(64, seq).mask(seq)[0]
+    scores = (q_idx[0, -64:].double() @ k_idx[0].double().T).masked_fill(~seen, -1e9)
     worst = scores.gather(1, index).amin(1)
     left_out = scores.scatter(1, index, -1e9).amax(1)
+    print(f"{seq}: {(left_out - worst).max().item():.1e} of {worst.max().item():.1f}")
     assert (left_out - worst).max() < 1e-4
     assert (index.diff(dim=1) > 0).all()
 

@@ -36,3 +36,15 @@ def test_unknown_family_is_refused_in_one_line():
     result = run("--only", "nonsense")
     assert result.returncode == 2
     assert result.stderr.startswith("error: --only nonsense") and result.stderr.count("\n") == 1
+
+
+def test_a_family_that_fails_leaves_the_rows_before_it_and_the_next_family(tmp_path):
+    out = tmp_path / "kernels.json"
+    options = "--seconds", "0.01", "--device", "cpu", "--out", str(out)
+    result = run("--only", "topk", "kd", "--lengths", "64", "-1", *options)
+    assert result.returncode == 1
+    assert "family topk stopped early" in result.stdout and "family kd stopped early" in result.stdout
+    metrics = {row["metric"] for row in json.loads(out.read_text())}
+    assert metrics == {
+        "indexer_topk_64_ms", "kd_full_64_ms", "kd_selected_64_ms", "kd_selected_local_64_ms"
+    }  # fmt: skip

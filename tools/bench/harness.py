@@ -109,7 +109,7 @@ def time_together(calls: dict[str, Callable], device: torch.device, seconds: flo
 
 def time_alone(call: Callable, device: torch.device) -> float:
     """Median milliseconds of a call that an idle GPU waits for: the host's launches count."""
-    return statistics.median(_milliseconds(call, device, busy=False) for _ in range(5))
+    return statistics.median(_milliseconds(call, device, busy=False) for _ in range(3))
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:

@@ -37,6 +37,12 @@ def spread_index(rows: RowRange, k: int) -> Tensor:
     return torch.where(seen <= k, torch.where(slot < seen, slot, -1), slot * seen // k).int()
 
 
+def local_index(rows: RowRange, k: int) -> Tensor:
+    """`[1, s, k]` int32: the k keys before each row, itself included: most tiles of keys hold none."""
+    position = (rows.end + 1 - k).clamp(min=0)[..., None] + torch.arange(k, device=rows.end.device)
+    return torch.where(position <= rows.end[..., None], position, -1).int()
+
+
 @family("kd")
 def kd_cases(settings: Settings) -> Iterator[Comparison]:
     for length in settings.lengths:
@@ -49,8 +55,8 @@ def kd_cases(settings: Settings) -> Iterator[Comparison]:
         # Any number serves as LSE for the clock: the kernels do the same work.
         lse = torch.full((1, HEADS, length), 9.0, device=settings.device)
         counted, pairs = rows.end >= 0, length * (length + 1) / 2
-        for mode in ("full", "selected"):
-            index = spread_index(rows, SELECTED) if mode == "selected" else None
+        for mode, make in (("full", None), ("selected", spread_index), ("selected_local", local_index)):
+            index = make(rows, SELECTED) if make else None
             seen = pairs if index is None else float(index.ge(0).sum())
             yield Comparison(
                 metric=f"kd_{mode}_{length_name(length)}_ms",
