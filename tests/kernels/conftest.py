@@ -6,8 +6,6 @@ test from the fourth on, so that eight processes compile at once. Owns nothing e
 
 import os
 
-import os
-
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  (repairs it)
