@@ -8,20 +8,20 @@ Axes: R rows of a tile (query T, head G), of which a program takes `ROWS`; n key
 import triton
 import triton.language as tl
 
-from megatron_clsa.kernels.union_forward import LOWEST
+from megatron_clsa.kernels.union_forward import LOWEST, infinity_bits, only_members
 
 
 @triton.jit
 def part_rows(r, tile, kvh, sq, G: tl.constexpr, T: tl.constexpr):
-    """Of rows `r` of a tile: the bit in its words (0 for padding), query, head and whether the row exists.
+    """Of rows `r` of a tile: how far its bit in the tile's words is from the highest, query, head, existence.
 
-    Rows that do not exist get the last query's number: their bits are never set, so they may read it.
+    Rows that do not exist get the last query's number, which they may read; what they give is dropped.
     """
     place = r // G
-    bit = tl.where(place < T, 1 << tl.minimum(place, 31), 0)
+    up = 31 - tl.minimum(place, 31)
     query = tile * T + place
     real = (place < T) & (query < sq)
-    return bit, tl.minimum(query, sq - 1).to(tl.int64), kvh * G + r % G, real
+    return up, tl.minimum(query, sq - 1).to(tl.int64), kvh * G + r % G, real
 
 
 @triton.jit
@@ -49,11 +49,12 @@ def masked_forward(
     kvh = tl.program_id(1)
     heads = tl.num_programs(1) * G
     batch = (tile // tiles).to(tl.int64)
-    bit, query, head, real = part_rows(r, tile % tiles, kvh, sq, G, T)
+    up, query, head, real = part_rows(r, tile % tiles, kvh, sq, G, T)
     d, n = tl.arange(0, D), tl.arange(0, KEYS)
     q = tl.load(Q + batch * q_b + (query * q_s + head * q_h)[:, None] + d[None, :])
     base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
     words = WORDS + tile.to(tl.int64) * width
+    infinity = infinity_bits(scale)
     highest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
@@ -65,7 +66,7 @@ def masked_forward(
         word = tl.load(words + start + n)
         key = tl.load(block_rows(base_k, start, k_s, sk, n, d, WHOLE))
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-        score = tl.where((word[None, :] & bit[:, None]) != 0, score, float("-inf"))
+        score = only_members(score, word[None, :], up[:, None], infinity)
         above = tl.maximum(highest, tl.max(score, 1) * log2_scale)
         weight = tl.exp2(score * log2_scale - above[:, None])
         shrink = tl.exp2(highest - above)

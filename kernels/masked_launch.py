@@ -74,14 +74,14 @@ class Packed:
     Attributes:
         query, dout: `[b, g, t, R, d]`.
         lse2, delta: `[b, g, t, R]` fp32, see `pack_rows`.
-        bit: `[R]` int32, each row's bit in a tile's words.
+        up: `[R]` int32, how far each row's bit in a tile's words is from the highest.
     """
 
     query: Tensor
     dout: Tensor
     lse2: Tensor
     delta: Tensor
-    bit: Tensor
+    up: Tensor
 
 
 def pack(query, key, out, dout, lse, dlse, plan: MaskPlan) -> Packed:
@@ -94,7 +94,7 @@ def pack(query, key, out, dout, lse, dlse, plan: MaskPlan) -> Packed:
     numbers = [torch.empty(shape, dtype=torch.float32, **new) for _ in range(2)]
     packed = Packed(*vectors, *numbers, torch.empty(rows, dtype=torch.int32, **new))
     pack_rows[(b * tiles, g)](
-        query, out, dout, lse, dlse, *vectors, *numbers, packed.bit, tiles, sq, *_strides(query, out, dout),
+        query, out, dout, lse, dlse, *vectors, *numbers, packed.up, tiles, sq, *_strides(query, out, dout),
         G=h // g, T=plan.queries, R=rows, D=d, num_warps=8,
     )  # fmt: skip
     return packed
@@ -124,7 +124,7 @@ def key_gradients(packed: Packed, key, value, plan: MaskPlan, shape, scale: floa
     del constants["G"], constants["T"]  # packed rows need neither
     width = plan.words.shape[1]
     masked_key_gradients[(b * width // constants["KEYS"], g)](
-        packed.query, packed.dout, packed.lse2, packed.delta, packed.bit, key, value, plan.words,
+        packed.query, packed.dout, packed.lse2, packed.delta, packed.up, key, value, plan.words,
         *_lists(plan.query_tiles), dkey, dvalue, scale, triton.cdiv(shape[1], plan.queries), sk, width,
         *_strides(key, value), **constants,
     )  # fmt: skip

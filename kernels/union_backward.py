@@ -9,7 +9,7 @@ Axes: b batch, h heads, R rows of a tile, n keys of a block, d head dim, p plan 
 import triton
 import triton.language as tl
 
-from megatron_clsa.kernels.union_forward import tile_rows
+from megatron_clsa.kernels.union_forward import infinity_bits, only_members, tile_rows
 
 
 @triton.jit(do_not_specialize=["tile1", "row0", "tiles", "sq"])
@@ -33,8 +33,9 @@ def union_backward(
     lse = tl.load(LSE + statistic, mask=real, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse) * 1.4426950408889634
     delta = tl.load(DELTA + statistic, mask=real, other=0.0) * scale
-    bit = tl.full([R], 1, tl.int32) << tl.minimum(place, 31)
+    up = 31 - tl.minimum(place, 31)
     base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
+    infinity = infinity_bits(scale)
     dq = tl.zeros([R, D], tl.float32)
     log2_scale = scale * 1.4426950408889634
     for p in tl.range(tl.load(OFFSETS + tile), tl.load(OFFSETS + tile + 1), BLOCK, num_stages=STAGES):
@@ -42,7 +43,7 @@ def union_backward(
         key = tl.load(base_k + (j * k_s)[:, None] + d[None, :])
         value = tl.load(base_v + (j * v_s)[:, None] + d[None, :])
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * log2_scale - lse[:, None]
-        weight = tl.exp2(tl.where((word[None, :] & bit[:, None]) != 0, score, float("-inf")))
+        weight = tl.exp2(only_members(score, word[None, :], up[:, None], infinity))
         to = ROWS + ((p - row0 + n) * groups + kvh)[:, None] * (2 * D) + d[None, :]
         dvalue = tl.dot(tl.trans(weight.to(q.dtype)), dout, input_precision=PRECISION)
         tl.store(to + D, dvalue.to(ROWS.dtype.element_ty))

@@ -13,6 +13,24 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
+def infinity_bits(scale):
+    """The bits of +inf, unknown to the compiler; `scale` is positive."""
+    return tl.where(scale > 0, 0x7F800000, 0)
+
+
+@triton.jit
+def only_members(score, word, up, infinity):
+    """`score`, or -inf where bit `31 - up` of `word` is clear. All three broadcast.
+
+    The bit is shifted to where a float has its sign: the smaller of score and +-inf needs no predicate, of which
+    a thread has seven for its 32 scores. `infinity` (`infinity_bits`) is in a register, which makes the two
+    logical operations one instruction.
+    """
+    bound = (~(word << up) & -0x80000000) | infinity
+    return tl.minimum(score, bound.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def tile_rows(tile, tiles, kvh, sq, G: tl.constexpr, T: tl.constexpr, R: tl.constexpr):
     """Of each row: its query's place in the tile, batch, position and head, and whether it exists."""
     r = tl.arange(0, R)
@@ -38,7 +56,8 @@ def union_forward(
     at = batch * q_b + query.to(tl.int64) * q_s + head * q_h
     q = tl.load(Q + at[:, None] + d[None, :], mask=real[:, None], other=0.0)
     base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
-    bit = tl.full([R], 1, tl.int32) << tl.minimum(place, 31)
+    up = 31 - tl.minimum(place, 31)
+    infinity = infinity_bits(scale)
     highest = tl.full([R], LOWEST, tl.float32)
     total = tl.zeros([R], tl.float32)
     acc = tl.zeros([R, D], tl.float32)
@@ -47,7 +66,7 @@ def union_forward(
         j, word = tl.load(KEYS + p + n).to(tl.int64), tl.load(MEMBERS + p + n)
         key = tl.load(base_k + (j * k_s)[:, None] + d[None, :])
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-        score = tl.where((word[None, :] & bit[:, None]) != 0, score, float("-inf"))
+        score = only_members(score, word[None, :], up[:, None], infinity)
         above = tl.maximum(highest, tl.max(score, 1) * log2_scale)
         weight = tl.exp2(score * log2_scale - above[:, None])
         shrink = tl.exp2(highest - above)
