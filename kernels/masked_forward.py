@@ -8,17 +8,17 @@ Axes: R rows of a tile (query T, head G), of which a program takes `ROWS`; n key
 import triton
 import triton.language as tl
 
-from megatron_clsa.kernels.union_forward import LOWEST, infinity_bits, only_members
+from megatron_clsa.kernels.union_forward import LOWEST, infinity_bits, lift, only_members
 
 
 @triton.jit
 def part_rows(r, tile, kvh, sq, G: tl.constexpr, T: tl.constexpr):
-    """Of rows `r` of a tile: how far its bit in the tile's words is from the highest, query, head, existence.
+    """Of rows `r` of a tile: what lifts its bit in the tile's words, query, head, whether it exists.
 
     Rows that do not exist get the last query's number, which they may read; what they give is dropped.
     """
     place = r // G
-    up = 31 - tl.minimum(place, 31)
+    up = lift(place)
     query = tile * T + place
     real = (place < T) & (query < sq)
     return up, tl.minimum(query, sq - 1).to(tl.int64), kvh * G + r % G, real

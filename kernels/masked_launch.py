@@ -74,7 +74,7 @@ class Packed:
     Attributes:
         query, dout: `[b, g, t, R, d]`.
         lse2, delta: `[b, g, t, R]` fp32, see `pack_rows`.
-        up: `[R]` int32, how far each row's bit in a tile's words is from the highest.
+        up: `[R]` int32, what lifts each row's bit in a tile's words to the highest.
     """
 
     query: Tensor

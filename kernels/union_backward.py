@@ -9,7 +9,7 @@ Axes: b batch, h heads, R rows of a tile, n keys of a block, d head dim, p plan 
 import triton
 import triton.language as tl
 
-from megatron_clsa.kernels.union_forward import infinity_bits, only_members, tile_rows
+from megatron_clsa.kernels.union_forward import infinity_bits, lift, only_members, tile_rows
 
 
 @triton.jit(do_not_specialize=["tile1", "row0", "tiles", "sq"])
@@ -33,7 +33,7 @@ def union_backward(
     lse = tl.load(LSE + statistic, mask=real, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse) * 1.4426950408889634
     delta = tl.load(DELTA + statistic, mask=real, other=0.0) * scale
-    up = 31 - tl.minimum(place, 31)
+    up = lift(place)
     base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
     infinity = infinity_bits(scale)
     dq = tl.zeros([R, D], tl.float32)

@@ -13,6 +13,12 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
+def lift(place):
+    """What moves bit `place` of a word to the highest, as a factor: shifts would queue with comparisons."""
+    return (tl.full(place.shape, 0x80000000, tl.uint32) >> tl.minimum(place, 31).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
 def infinity_bits(scale):
     """The bits of +inf, unknown to the compiler; `scale` is positive."""
     return tl.where(scale > 0, 0x7F800000, 0)
@@ -20,13 +26,13 @@ def infinity_bits(scale):
 
 @triton.jit
 def only_members(score, word, up, infinity):
-    """`score`, or -inf where bit `31 - up` of `word` is clear. All three broadcast.
+    """`score`, or -inf where the bit of `word` that `up` lifts is clear. All three broadcast.
 
-    The bit is shifted to where a float has its sign: the smaller of score and +-inf needs no predicate, of which
+    The bit moves to where a float has its sign: the smaller of score and +-inf needs no predicate, of which
     a thread has seven for its 32 scores. `infinity` (`infinity_bits`) is in a register, which makes the two
     logical operations one instruction.
     """
-    bound = (~(word << up) & -0x80000000) | infinity
+    bound = (~(word * up) & -0x80000000) | infinity
     return tl.minimum(score, bound.to(tl.float32, bitcast=True))
 
 
@@ -56,7 +62,7 @@ def union_forward(
     at = batch * q_b + query.to(tl.int64) * q_s + head * q_h
     q = tl.load(Q + at[:, None] + d[None, :], mask=real[:, None], other=0.0)
     base_k, base_v = K + batch * k_b + kvh * k_h, V + batch * v_b + kvh * v_h
-    up = 31 - tl.minimum(place, 31)
+    up = lift(place)
     infinity = infinity_bits(scale)
     highest = tl.full([R], LOWEST, tl.float32)
     total = tl.zeros([R], tl.float32)

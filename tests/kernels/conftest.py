@@ -22,9 +22,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def poisoned_empty():
     """`torch.empty` returns NaN in floating tensors while a kernel test runs."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # the references' products need it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the references' products need it
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -63,8 +63,8 @@ def _check(kernel, case, index, queries, dtype=torch.float32, floor_ulps=64.0):
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8, 16])
 @both
 def test_point_5_groups_that_are_no_power_of_two_with_neighbours_in_one_tile(kernel, group):
-    case = make_case(sq=37, h=2 * group, g=2, d=16, device=DEVICE)
-    _check(kernel, case, random_index(case.rows, 37, 9), queries_of_tile(group, 32))
+    case = make_case(sq=21, h=2 * group, g=2, d=16, device=DEVICE)
+    _check(kernel, case, random_index(case.rows, 21, 9), queries_of_tile(group, 32))
 
 
 @both
@@ -165,8 +165,8 @@ def test_point_13_keys_that_nobody_selected_have_exactly_zero_gradient(kernel):
 
 @both
 def test_point_10_two_runs_have_the_same_bits(kernel):
-    case = make_case(sq=96, h=5, g=1, d=32, device=DEVICE)
-    index = random_index(case.rows, 96, 20)
+    case = make_case(sq=60, h=5, g=1, d=32, device=DEVICE)
+    index = random_index(case.rows, 60, 20)
     for a, b in zip(_run(kernel, case, index, 12), _run(kernel, case, index, 12), strict=True):
         assert torch.equal(a, b)
 
@@ -198,13 +198,13 @@ def test_point_16_a_plan_serves_two_layers_and_a_late_backward(kernel):
 
 
 def test_chunks_of_the_backward_do_not_change_the_sum(monkeypatch):
-    case = make_case(b=2, sq=80, h=4, g=2, d=16, device=DEVICE)
-    index = random_index(case.rows, 80, 12)
+    case = make_case(b=2, sq=40, h=2, g=1, d=16, device=DEVICE)
+    index = random_index(case.rows, 40, 12)
     whole = _run("union", case, index, 8)
     monkeypatch.setattr(plans, "CHUNK_ROWS", 128)
-    monkeypatch.setattr(plans, "SCRATCH_WORDS", 3 * 80)
+    monkeypatch.setattr(plans, "SCRATCH_WORDS", 3 * 40)
     parts = _run("union", case, index, 8)
-    assert len(build_union_plan(index, case.rows, 80, 8).chunks) > 3
+    assert len(build_union_plan(index, case.rows, 40, 8).chunks) > 3
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # fp32 sums in another grouping
 
