@@ -4,7 +4,7 @@ Built once a microbatch from the index and used by every layer, forward and back
 the lists of live blocks and the kernel that finds them; reads no query, key or value. Memory grows with the
 square of the length: `mask_bytes` tells it.
 
-Axes: b batch, t tiles of a sequence, T queries of a tile, w keys padded to whole tiles of keys.
+Axes: b batch, t tiles of a sequence, T queries of a tile, w keys padded to whole blocks.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,7 @@ from megatron_clsa.kernels.plan import member_words, queries_of_tile
 from megatron_clsa.kernels.rows import RowRange
 
 ROWS_OF_TILE = 128  # T x G rows share one word a key; kernels may take them in parts
-KEY_BLOCK = 64  # keys that a tile of queries skips together
-KEY_TILE = 128  # keys whose gradients one program owns, in parts or whole
+KEY_BLOCK = 128  # keys that are skipped together; kernels may take them in parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,7 @@ class MaskPlan:
         queries: T, consecutive queries of a tile.
         words: `[b * t, w]` int32, bit i set if query i of the tile selected the key.
         key_blocks: of each of the `b * t` query tiles, in blocks of `KEY_BLOCK` keys.
-        query_tiles: of each of the `b * w / KEY_TILE` key tiles, in query tiles.
+        query_tiles: of each of the `b * w / KEY_BLOCK` blocks of keys, in query tiles.
     """
 
     queries: int
@@ -65,8 +64,8 @@ def mask_queries(group_size: int) -> int:
 
 
 def padded_keys(num_keys: int) -> int:
-    """w: `num_keys` up to whole key tiles."""
-    return triton.cdiv(num_keys, KEY_TILE) * KEY_TILE
+    """w: `num_keys` up to whole blocks."""
+    return triton.cdiv(num_keys, KEY_BLOCK) * KEY_BLOCK
 
 
 def mask_bytes(batch: int, num_queries: int, num_keys: int, queries: int) -> int:
@@ -80,7 +79,7 @@ def build_mask_plan(index: Tensor, rows: RowRange, num_keys: int, queries: int) 
     tiles, width = triton.cdiv(sq, queries), padded_keys(num_keys)
     words, _ = member_words(index.contiguous(), rows, num_keys, queries, range(b * tiles), width)
     live = live_key_blocks(words)
-    by_key = live.view(b, tiles, -1, KEY_TILE // KEY_BLOCK).any(-1).transpose(1, 2)
+    by_key = live.view(b, tiles, -1).transpose(1, 2)
     return MaskPlan(queries, words, _listed(live), _listed(by_key.reshape(-1, tiles)))
 
 

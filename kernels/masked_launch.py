@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_clsa.kernels.mask_plan import KEY_BLOCK, KEY_TILE, LiveBlocks, MaskPlan
+from megatron_clsa.kernels.mask_plan import KEY_BLOCK, LiveBlocks, MaskPlan
 from megatron_clsa.kernels.masked_backward import (
     masked_key_gradients,
     masked_query_gradients,
@@ -57,7 +57,7 @@ def forward(query, key, value, plan: MaskPlan, scale: float, tiling: Tiling) -> 
     b, sq, h, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(b, h, sq, dtype=torch.float32, device=query.device)
-    constants = _constants(query.shape, key, plan.queries, KEY_BLOCK, tiling)
+    constants = _constants(query.shape, key, plan.queries, tiling)
     grid = plan.words.shape[0] * (constants["R"] // constants["ROWS"]), key.shape[2]
     masked_forward[grid](
         query, key, value, plan.words, *_lists(plan.key_blocks), out, lse, scale,
@@ -106,7 +106,7 @@ def query_gradients(
     """dQ of `shape [b, sq, h, d]`."""
     sq = shape[1]
     dquery = torch.empty(shape, dtype=key.dtype, device=key.device)
-    constants = _constants(shape, key, plan.queries, KEY_BLOCK, tiling)
+    constants = _constants(shape, key, plan.queries, tiling)
     grid = plan.words.shape[0] * (constants["R"] // constants["ROWS"]), key.shape[2]
     masked_query_gradients[grid](
         packed.query, packed.dout, packed.lse2, packed.delta, key, value, plan.words,
@@ -120,7 +120,7 @@ def key_gradients(packed: Packed, key, value, plan: MaskPlan, shape, scale: floa
     """dK and dV `[b, sk, g, d]`."""
     b, sk, g, _ = key.shape
     dkey, dvalue = (torch.empty(key.shape, dtype=key.dtype, device=key.device) for _ in range(2))
-    constants = _constants(shape, key, plan.queries, KEY_TILE, tiling)
+    constants = _constants(shape, key, plan.queries, tiling)
     del constants["G"], constants["T"]  # packed rows need neither
     width = plan.words.shape[1]
     masked_key_gradients[(b * width // constants["KEYS"], g)](
@@ -135,7 +135,7 @@ def _tile_rows(queries: int, group: int) -> int:
     return max(16, triton.next_power_of_2(queries * group))
 
 
-def _constants(shape, key: Tensor, queries: int, block: int, tiling: Tiling) -> dict:
+def _constants(shape, key: Tensor, queries: int, tiling: Tiling) -> dict:
     group = shape[2] // key.shape[2]
     rows = _tile_rows(queries, group)
     return {
@@ -143,9 +143,9 @@ def _constants(shape, key: Tensor, queries: int, block: int, tiling: Tiling) -> 
         "T": queries,
         "R": rows,
         "D": shape[3],
-        "BLOCK": block,
+        "BLOCK": KEY_BLOCK,
         "ROWS": min(rows, tiling.rows),
-        "KEYS": min(block, tiling.keys),
+        "KEYS": tiling.keys,
         "STAGES": tiling.stages,
         "PRECISION": "ieee" if key.dtype == torch.float32 else "tf32",
         "num_warps": tiling.warps,

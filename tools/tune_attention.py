@@ -32,13 +32,14 @@ CANDIDATES = {
         Tiling(128, 64, 8, 2),
         Tiling(64, 64, 4, 3),
         Tiling(64, 64, 4, 2),
+        Tiling(128, 128, 8, 2),
     ],
     "query_gradients": [
         Tiling(128, 64, 8, 2),
         Tiling(128, 64, 8, 3),
         Tiling(64, 64, 4, 2),
         Tiling(64, 64, 4, 3),
-        Tiling(64, 64, 8, 3),
+        Tiling(128, 128, 8, 2),
     ],
     "key_gradients": [
         Tiling(64, 128, 8, 2),
