@@ -11,14 +11,15 @@ from megatron_clsa.convert.architecture import Architecture
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [clsa]
+tags: [clsa, custom_code]
 ---
 
 # CLSA model
 
 Cross-layer sparse attention: {self_layers} window layers (each token sees {window}), one memory of keys and
 values, and {cross_layers} layers that read it at the {topk} positions that one index selects for a token.
-Hidden size {hidden}, {heads} query heads and {groups} key/value heads of {width}, vocabulary {vocab}.
+Hidden size {hidden}, MLP {ffn}, {heads} query heads and {groups} key/value heads of {width}, index head of
+{index}, vocabulary {vocab}, {tied} embeddings, at most {positions} positions.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,19 +41,51 @@ def model_card(arch: Architecture, run: Path | None) -> str:
         heads=arch.num_attention_heads,
         groups=arch.num_query_groups,
         width=arch.kv_channels,
+        ffn=arch.ffn_hidden_size,
+        index=arch.index_head_dim,
+        tied="tied" if arch.tie_embeddings else "untied",
+        positions=arch.max_position_embeddings,
         vocab=arch.vocab_size,
         training=_phases(run),
     )
 
 
 def _phases(run: Path | None) -> str:
-    record = run / "run.json" if run else None
-    if record is None or not record.is_file():
+    """The recipe's phases as they were run, from `run.json`; nothing where there is none that can be read."""
+    try:
+        complete = json.loads((run / "run.json").read_text())["complete"] if run else {}
+        rows = [_row(name, done) for name, done in complete.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
-    lines = ["", "## Training", "", "| phase | steps | tokens | coverage of the attention by the index |"]
-    lines.append("| --- | --- | --- | --- |")
-    for name, done in json.loads(record.read_text())["complete"].items():
-        covered, best = done.get("attention_coverage"), done.get("oracle_coverage")
-        coverage = f"{covered:.3f} (best possible {best:.3f})" if covered and best else ""
-        lines.append(f"| {name} | {done['steps']:,} | {done['tokens']:,} | {coverage} |")
-    return "\n".join(lines) + "\n"
+    if not rows:
+        return ""
+    return "\n".join(["", "## Training", "", _line(_COLUMNS), _line(["---"] * len(_COLUMNS)), *rows]) + "\n"
+
+
+_COLUMNS = (
+    "phase", "trained", "cross-attention", "steps", "sequences x tokens a step", "tokens",
+    "peak learning rate", "validation loss", "coverage of the attention by the index",
+)  # fmt: skip
+
+
+def _row(name: str, done: dict) -> str:
+    """Figures that the record does not have stay empty."""
+    covered, best = done.get("attention_coverage"), done.get("oracle_coverage")
+    loss, rate, sequences = done.get("valid_lm_loss"), done.get("lr"), done.get("global_batch_size")
+    return _line(
+        [
+            name,
+            done.get("trainable", ""),
+            done.get("cross_attention", ""),
+            f"{done['steps']:,}",
+            f"{sequences:,} x {done['seq_length']:,}" if sequences else "",
+            f"{done['tokens']:,}",
+            f"{rate:g}" if rate else "",
+            f"{loss:.4f}" if loss else "",
+            f"{covered:.3f} (best possible {best:.3f})" if covered and best else "",
+        ]
+    )
+
+
+def _line(cells) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -58,8 +58,11 @@ class Bucket:
 
 
 def bucket_edges(length: int, special: list[int]) -> list[int]:
-    """First positions of the buckets: powers of two, and the position after each special size."""
-    powers = [2**i for i in range(length.bit_length())]
+    """First positions of the buckets: powers of two, and the position after each special size.
+
+    A power that is a special size, or the length, would make a bucket of one position: noise.
+    """
+    powers = [2**i for i in range(length.bit_length()) if i == 0 or 2**i not in (length, *special)]
     return sorted({edge for edge in [*powers, *(size + 1 for size in special)] if edge <= length})
 
 

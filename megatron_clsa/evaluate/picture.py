@@ -40,7 +40,8 @@ def _needle(axis, rows: list[dict]):
     axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
-            axis.text(x, y, f"{value:.2f}", ha="center", va="center")
+            color = "black" if 0.2 < value < 0.8 else "white"  # the ends of the scale are dark
+            axis.text(x, y, f"{value:.2f}", ha="center", va="center", color=color)
     axis.set_xticks(range(len(lengths)), lengths)
     axis.set_yticks(range(len(tasks)), tasks)
     axis.set(xlabel="prompt (tokens)", title="needle score")
@@ -50,5 +51,6 @@ def _index(axis, section: dict):
     layers = section["by_layer"]
     for name in ("oracle_coverage", "coverage", "recent_coverage", "random_coverage", "overlap"):
         axis.plot([row["layer"] for row in layers], [row[name] for row in layers], marker=".", label=name)
-    axis.set(xlabel="layer", ylim=(0, 1.02), title=f"index, k = {section['index_topk']}")
+    axis.set_xticks([row["layer"] for row in layers])
+    axis.set(xlabel="layer, from 0", ylim=(0, 1.02), title=f"index, k = {section['index_topk']}")
     axis.legend(fontsize=7)

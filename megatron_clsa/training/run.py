@@ -266,7 +266,9 @@ def _record(run: PhaseRun, figures: dict) -> dict:
         "trainable": run.config.trainable,
         "steps": run.steps,
         "tokens": run.steps * run.position.tokens_per_step,
-        **{name: figures.get(name) for name in ("attention_coverage", "oracle_coverage")},
+        "cross_attention": run.config.cross_attention,
+        **{name: getattr(run.args, name) for name in ("seq_length", "global_batch_size", "lr")},
+        **{name: figures.get(name) for name in ("valid_lm_loss", "attention_coverage", "oracle_coverage")},
     }
 
 

@@ -39,6 +39,11 @@ def test_buckets_cover_every_position_once_and_break_at_window_and_k():
     assert buckets[0].loss == 0.0 and buckets[-1].last == LENGTH
 
 
+def test_no_bucket_but_the_first_is_a_single_position():
+    edges = perplexity.bucket_edges(256, [32, 64])
+    assert edges == [1, 2, 4, 8, 16, 33, 65, 128]
+
+
 def test_documents_are_joined_by_the_end_token(subject):
     ids = perplexity.sequences(subject, ["ab", "cd"], 4, 1)[0].tolist()
     assert ids == [*subject.encode("ab"), 0, *subject.encode("cd")]
