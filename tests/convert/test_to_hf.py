@@ -1,11 +1,12 @@
 """Exported folders hold the checkpoint's weights, whatever layout saved them, and `--verify` finds faults."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import architecture, error_line, make
+from checkpoints import ROOT, architecture, error_line, make
 from layouts import Layout
 from megatron.core import dist_checkpointing
 from ranks import run_ranks
@@ -15,6 +16,9 @@ from tools_here import to_hf
 from megatron_clsa.convert import export as exporting
 from megatron_clsa.convert.checkpoint import TorchDistReader
 from megatron_clsa.convert.names import entries
+
+sys.path.append(str(ROOT / "tests" / "training"))
+from runs import distill
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,16 @@ def test_every_layout_exports_the_same_bytes(checkpoint, folder, layout, tmp_pat
     expected, actual = _weights(folder), _weights(tmp_path / "hf")
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["--context-parallel-size=2"], ["--pipeline-model-parallel-size=2"]])
+def test_a_runs_own_checkpoint_of_two_data_parallel_ranks(layout, tmp_path):
+    """With the optimizer's shards in it, which Megatron's distributed optimizer writes."""
+    result = distill(tmp_path / "run", *layout, ranks=4)
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = to_hf(tmp_path / "run", tmp_path / "hf", "--verify")
+    assert result.returncode == 0 and "verified" in result.stdout, result.stderr[-3000:]
 
 
 def test_shards_keep_the_limit_and_the_index_names_them(folder):
