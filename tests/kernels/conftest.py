@@ -1,8 +1,4 @@
-"""Poisons fresh memory, so that a kernel that leaves an element unwritten is caught; shares tests out.
-
-Compiling takes most of their time on a GPU, on one core: KERNEL_TESTS_SHARD=3/8 runs every eighth
-test from the fourth on, so that eight processes compile at once. Owns nothing else.
-"""
+"""Poisons fresh memory, so that a kernel that leaves an element unwritten is caught."""
 
 import os
 
@@ -12,11 +8,6 @@ import triton_interpreter  # noqa: F401  (repairs it)
 
 # Deterministic algorithms are on in every test here, and cuBLAS then asks for this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def pytest_collection_modifyitems(items):
-    shard, count = map(int, os.environ.get("KERNEL_TESTS_SHARD", "0/1").split("/"))
-    items[:] = items[shard::count]
 
 
 @pytest.fixture(autouse=True)
