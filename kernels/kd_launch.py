@@ -30,7 +30,8 @@ LOG2E = math.log2(math.e)
 class Tiles:
     """Tile sizes and the launch of the sweep; `default_tiles` holds what was fastest on an H100.
 
-    `hopper` takes the sweep of `kd_sweep_hopper.py`, with tiles of its own: 64 rows x 256 keys.
+    `hopper` takes the sweep of `kd_sweep_hopper.py`, with tiles of its own: 64 rows x 256 keys. The index's
+    LSE and dq take `gradient_rows` at a time, a multiple of `rows`.
     """
 
     hopper: bool = False
@@ -38,7 +39,9 @@ class Tiles:
     keys: int = 128
     pair: bool = False
     span: int = 1024
+    gradient_rows: int = 64
     gradient_span: int = 4096
+    gradient_stages: int = 3
     band: int = 32
     warps: int = 4
     stages: int = 2
@@ -63,7 +66,7 @@ class Inputs:
 def default_tiles(query: Tensor, q_idx: Tensor) -> Tiles:
     """In the portable sweep three programs a multiprocessor (168 registers) beat two without spills."""
     if query.dtype == torch.float32:
-        return Tiles(rows=32, keys=32, stages=1)
+        return Tiles(rows=32, keys=32, gradient_rows=32, stages=1)
     if max(query.shape[-1], q_idx.shape[-1]) > 128:
         return Tiles(keys=64)
     return Tiles(registers=168, hopper=True)
@@ -143,8 +146,9 @@ class Sweep:
         self.step = HOPPER_KEYS if self.hopper else tiles.keys * (2 if tiles.pair else 1)
         self.padded = (self.sk // self.step + 1) * self.step
         row_bytes = self.padded * (inputs.query.element_size() + (inputs.index is not None))
-        fitting = max(1, SCRATCH_BYTES // row_bytes // tiles.rows) * tiles.rows
-        self.chunk_rows = min(fitting, triton.cdiv(self.sq, tiles.rows) * tiles.rows)
+        whole = tiles.gradient_rows
+        fitting = max(1, SCRATCH_BYTES // row_bytes // whole) * whole
+        self.chunk_rows = min(fitting, triton.cdiv(self.sq, whole) * whole)
         self.low, self.high = _tile_ranges(inputs.rows, tiles.rows, self.sk)
         self.scratch = inputs.query.new_empty(self.chunk_rows if self.gradient else 0, self.padded)
         self._describe()
@@ -154,12 +158,15 @@ class Sweep:
         inputs, rows, keys = self.inputs, self.tiles.rows, self.tiles.keys
         self.q, self.k = _flat(inputs.query, rows, self.d), _flat(inputs.key, keys, self.d)
         self.qi, self.ki = _flat(inputs.q_idx, rows, self.wide), _flat(inputs.k_idx, keys, self.wide)
+        self.tall_qi = _flat(inputs.q_idx, self.tiles.gradient_rows, self.wide)
         if self.weight is not None:
             weighted = (inputs.q_idx * self.weight[..., None]).to(inputs.q_idx.dtype)
             self.weighted = _flat(weighted, rows, self.wide)
         exact = inputs.query.dtype == torch.float32
+        self.tall = {"BM": self.tiles.gradient_rows, "ROWS": rows}
         self.tile = {"BM": rows, "BN": keys, "D": self.wide, "PRECISION": "ieee" if exact else "tf32"}
-        self.product_options = {"DI": self.di, "STAGES": 1 if exact else 3}
+        self.product_options = {"DI": self.di, "STAGES": 1 if exact else self.tiles.gradient_stages}
+        self.two_programs = {"maxnreg": 128} if self.wide <= 128 and inputs.query.is_cuda else {}
         self.skips = {"STEP": self.step, "SELECTED": inputs.index is not None}
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,8 +196,9 @@ class Sweep:
                 row_tiles, chosen = triton.cdiv(count, self.tiles.rows), None
                 if self.inputs.index is not None:
                     index = self.inputs.index[batch, row0 : row0 + count]
-                    padded_rows, rows = row_tiles * self.tiles.rows, self.tiles.rows
-                    chosen = mark_selected(index, padded_rows, self.padded, rows, self.step)
+                    whole = self.tiles.gradient_rows
+                    padded_rows = triton.cdiv(count, whole) * whole
+                    chosen = mark_selected(index, padded_rows, self.padded, self.tiles.rows, self.step)
                 low, high = self.low[batch, first:], self.high[batch, first:]
                 yield _Chunk(batch, row0, count, row_tiles, low, high, chosen)
 
@@ -204,11 +212,11 @@ class Sweep:
         """`[count]` log2 of the sum of exp(I) over the keys of each row, -inf in empty rows."""
         span, rows = self.tiles.gradient_span, self.inputs.rows
         parts = self._parts(span, chunk.count)
-        kd_sweep.index_lse[(chunk.row_tiles, self._spans(span))](
-            self.qi, self.ki, rows.start, rows.end, chunk.low, chunk.high, chunk.mask, chunk.flags, parts,
-            chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded,
-            self.inputs.index_scale * LOG2E, SPAN=span, num_warps=max(4, self.tiles.rows // 16),
-            **self.tile, **self.skips,
+        kd_sweep.index_lse[(triton.cdiv(chunk.count, self.tiles.gradient_rows), self._spans(span))](
+            self.tall_qi, self.ki, rows.start, rows.end, chunk.low, chunk.high, chunk.mask, chunk.flags,
+            parts, chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded,
+            self.inputs.index_scale * LOG2E, SPAN=span, num_warps=max(4, self.tiles.gradient_rows // 16),
+            **self.tile | self.tall, **self.skips,
         )  # fmt: skip
         return torch.logsumexp(parts / LOG2E, 0) * LOG2E
 
@@ -249,11 +257,11 @@ class Sweep:
         """Write dq `[count, di]` from the scratch."""
         span = self.tiles.gradient_span
         parts = self._parts(span, chunk.count, self.di)
-        kd_sweep.query_gradient[(chunk.row_tiles, self._spans(span))](
+        kd_sweep.query_gradient[(triton.cdiv(chunk.count, self.tiles.gradient_rows), self._spans(span))](
             self.scratch, self.ki, chunk.low, chunk.high, chunk.flags, parts, chunk.batch, chunk.count,
             self.sk, self.padded,
-            SPAN=span, num_warps=max(4, self.tiles.rows // 16), **self.tile, **self.product_options,
-            **self.skips,
+            SPAN=span, num_warps=max(4, self.tiles.gradient_rows // 16), **self.tile | self.tall,
+            **self.product_options, **self.skips,
         )  # fmt: skip
         torch.sum(parts, 0, out=dq)
 
@@ -262,5 +270,5 @@ class Sweep:
         kd_sweep.key_gradient[(self.padded // self.tiles.keys,)](
             self.scratch, self.weighted, chunk.low, chunk.high, chunk.flags, dk, chunk.batch, chunk.row0,
             self.sq, self.sk, self.padded, chunk.row_tiles, TILES=triton.next_power_of_2(chunk.row_tiles),
-            num_warps=8, **self.tile, **self.product_options, **self.skips,
+            num_warps=8, **self.tile, **self.product_options, **self.skips, **self.two_programs,
         )  # fmt: skip

@@ -28,12 +28,20 @@ def _visible(MASK, start, end, local, j, padded, SELECTED: tl.constexpr):
 
 
 @triton.jit
-def _holds_any(FLAGS, tile, s, padded, STEP: tl.constexpr, SELECTED: tl.constexpr):
+def _holds_any(FLAGS, tile, s, inside, padded, STEP: tl.constexpr, SELECTED: tl.constexpr):
     """Whether the tile at key `s` holds a selected key; FLAGS `[row tiles, padded / STEP]`."""
-    flag = tl.full([], 1, tl.int32)
+    flag = inside
     if SELECTED:
-        flag = tl.load(FLAGS + tile * (padded // STEP) + s // STEP)
-    return flag != 0
+        flag = tl.load(FLAGS + tile * (padded // STEP) + s // STEP, mask=inside, other=0) != 0
+    return flag
+
+
+@triton.jit
+def _parts(LOW, HIGH, tile, chunk, sk, BM: tl.constexpr, ROWS: tl.constexpr):
+    """Of a tile of BM rows, its row tiles (of ROWS, as the sweep's), and each one's range of keys."""
+    part = tile * (BM // ROWS) + tl.arange(0, BM // ROWS)
+    inside = part * ROWS < chunk
+    return part, tl.load(LOW + part, mask=inside, other=sk), tl.load(HIGH + part, mask=inside, other=0)
 
 
 @triton.jit
@@ -48,19 +56,19 @@ def _rows(START, END, batch, row, inside, sq, sk):
 def index_lse(
     QI, KI, START, END, LOW, HIGH, MASK, FLAGS, LSE, batch, row0, chunk, sq, sk, padded, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
-    SELECTED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SELECTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2 of the sum of exp2(I) over one span of keys: LSE `[spans, chunk]`, -inf where none is visible."""
     tile, span = tl.program_id(0), tl.program_id(1)
     batch = tl.cast(batch, tl.int32)
     local = tile * BM + tl.arange(0, BM)
     start, end = _rows(START, END, batch, row0 + local, local < chunk, sq, sk)
-    low = tl.maximum(tl.load(LOW + tile), span * SPAN)
-    high = tl.minimum(tl.load(HIGH + tile), (span + 1) * SPAN)
+    part, lows, highs = _parts(LOW, HIGH, tile, chunk, sk, BM, ROWS)
+    low, high = tl.maximum(tl.min(lows), span * SPAN), tl.minimum(tl.max(highs), (span + 1) * SPAN)
     q = QI.load([batch * sq + row0 + tile * BM, 0])
     most, total = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
     for s in tl.range(low // BN * BN, high, BN):
-        if _holds_any(FLAGS, tile, s, padded, STEP, SELECTED):
+        if tl.max(_holds_any(FLAGS, part, s, part * ROWS < chunk, padded, STEP, SELECTED).to(tl.int32)) != 0:
             j = s + tl.arange(0, BN)
             x = tl.dot(q, KI.load([batch * sk + s, 0]).T, input_precision=PRECISION) * scale
             x = tl.where(_visible(MASK, start, end, local, j, padded, SELECTED), x, -1e30)
@@ -148,7 +156,7 @@ def sweep(
     product = tl.zeros([BM], tl.float32)
     STEP: tl.constexpr = 2 * BN if PAIR else BN
     for s in tl.range(low // STEP * STEP, high, STEP, num_stages=1):
-        if _holds_any(FLAGS, tile, s, padded, STEP, SELECTED):
+        if _holds_any(FLAGS, tile, s, True, padded, STEP, SELECTED):
             k_row = batch * sk + s
             total, other = _attention_tiles(
                 Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale,
@@ -171,20 +179,25 @@ def sweep(
 def query_gradient(
     SCRATCH, KI, LOW, HIGH, FLAGS, DQ, batch, chunk, sk, padded,
     DI: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
-    STEP: tl.constexpr, SELECTED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, SELECTED: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ `[spans, chunk, di]`: d k_idx over one span of keys."""
     tile, span = tl.program_id(0), tl.program_id(1)
     batch = tl.cast(batch, tl.int32)
     local = tile * BM + tl.arange(0, BM)
-    low = tl.maximum(tl.load(LOW + tile), span * SPAN)
-    high = tl.minimum(tl.load(HIGH + tile), (span + 1) * SPAN)
+    _, lows, highs = _parts(LOW, HIGH, tile, chunk, sk, BM, ROWS)
+    low, high = tl.maximum(tl.min(lows), span * SPAN), tl.minimum(tl.max(highs), (span + 1) * SPAN)
+    part = local // ROWS
+    row_low = tl.load(LOW + part, mask=local < chunk, other=sk) // STEP * STEP
+    row_high = tl.load(HIGH + part, mask=local < chunk, other=0)
     dq = tl.zeros([BM, D], tl.float32)
     for s in tl.range(low // BN * BN, high, BN, num_stages=STAGES):
         source = SCRATCH + local.to(tl.int64)[:, None] * padded + s + tl.arange(0, BN)[None, :]
-        if SELECTED:
-            any_key = _holds_any(FLAGS, tile, s, padded, STEP, SELECTED)
-            d = tl.load(source, mask=tl.broadcast_to(any_key, (BM, BN)), other=0.0)
+        if SELECTED or BM > ROWS:  # what the sweep passed over is not written
+            made = (s >= row_low) & (s < row_high)
+            made = _holds_any(FLAGS, part, s, made, padded, STEP, SELECTED)
+            d = tl.load(source, mask=tl.broadcast_to(made[:, None], (BM, BN)), other=0.0)
         else:
             d = tl.load(source)
         dq = tl.dot(d, KI.load([batch * sk + s, 0]), dq, input_precision=PRECISION)
@@ -216,7 +229,7 @@ def key_gradient(
         dk = tl.load(at, mask=keep, other=0.0)
         for tile in tl.range(first, last + 1, num_stages=STAGES):
             seen = (tl.load(LOW + tile) // BN * BN < s + BN) & (tl.load(HIGH + tile) > s)
-            seen = seen & _holds_any(FLAGS, tile, s, padded, STEP, SELECTED)
+            seen = _holds_any(FLAGS, tile, s, seen, padded, STEP, SELECTED)
             local = tile * BM + tl.arange(0, BM)
             source = SCRATCH + local.to(tl.int64)[:, None] * padded + j[None, :]
             d = tl.load(source, mask=tl.broadcast_to(seen, (BM, BN)), other=0.0)

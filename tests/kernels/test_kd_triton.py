@@ -10,6 +10,7 @@ from kernel_cases import make_case, packed_rows, random_index, take_rows, zigzag
 from megatron_clsa.kernels import dispatch, indexer_kd, kd_launch, reference
 from megatron_clsa.kernels.indexer_kd import triton_kd, triton_kd_sum
 from megatron_clsa.kernels.kd_launch import Tiles
+from megatron_clsa.kernels.kd_selected import mark_selected
 from megatron_clsa.kernels.rows import RowRange, causal_rows
 from megatron_clsa.kernels.streaming_attention import streaming_attention
 from megatron_clsa.kernels.streaming_kd import streaming_kd
@@ -107,6 +108,34 @@ def test_any_tiling_gives_the_same(options, monkeypatch):
     )
     monkeypatch.setattr(indexer_kd, "default_tiles", lambda *tensors: tiles)
     check(sq=70, h=4, g=2)
+
+
+def test_tiles_without_a_selected_key_are_passed_over():
+    """Scratch is NaN until written: what nobody selects is neither written nor read."""
+    case = make_case(b=2, sq=130, h=2, g=1, rows=packed_rows(2, 130, [90, 40], DEVICE), device=DEVICE)
+    case = case.to(torch.float32)
+    start, end = case.rows.start, case.rows.end
+    index = torch.where(end % 50 < 25, start, (end - 4).clamp(min=start))[..., None] + torch.tensor(
+        [0, 2, 4], dtype=torch.int32, device=DEVICE
+    )
+    index = torch.where(index > end[..., None], -1, index)
+    lse = float64_lse(case, index)
+    expected = exact(case, index, row_weight(case))
+    assert_close(by_sum(case, index, lse, row_weight(case)), expected, 2e-5)
+
+
+def test_marks_name_the_selected_keys_and_their_tiles():
+    rows = packed_rows(1, 90, [37, 20], DEVICE)
+    index = random_index(rows, 90, 5)
+    index[0, 30:70] = -1
+    marks = mark_selected(index[0], 96, 96, 32, 16)
+    chosen = torch.zeros(96, 96, dtype=torch.bool, device=DEVICE)
+    chosen[:90, :90] = reference.selection_mask(index, rows, 90)[0]
+    tiles = chosen.view(3, 32, 6, 16).any(3).any(1)
+    assert torch.equal(marks.mask.bool(), chosen) and torch.equal(marks.flags.bool(), tiles)
+    order, counts = marks.listed()
+    for tile, part in enumerate(order[:18].view(3, 6)):
+        assert part[: counts[tile]].tolist() == tiles[tile].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("index_size", [None, 9])

@@ -26,6 +26,10 @@ class DistillationCase:
         "hopper, span 2048": Tiles(hopper=True, span=2048),
         "hopper, band 16": Tiles(hopper=True, band=16),
         "hopper, band 64": Tiles(hopper=True, band=64),
+        "hopper, dq spans of 8192": Tiles(hopper=True, gradient_span=8192),
+        "hopper, dq 2 stages": Tiles(hopper=True, gradient_stages=2),
+        "hopper, dq rows 128": Tiles(hopper=True, gradient_rows=128),
+        "hopper, dq 128, 2 stages": Tiles(hopper=True, gradient_rows=128, gradient_stages=2),
     }
 
     def __init__(self, length: int, device: torch.device):

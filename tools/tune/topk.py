@@ -20,9 +20,12 @@ class IndexCase:
 
     candidates: ClassVar = {
         "default": {},
+        "sample of 1 in 8": {"sample_stride": lambda keys: 8},
+        "sample of 1 in 16": {"sample_stride": lambda keys: 16},
+        "sample of 1 in 32": {"sample_stride": lambda keys: 32},
+        "guess to 1 in 32": {"TOLERANCE": 1 / 32},
         "choose, blocks of 512": {"CHOOSE_BLOCK": 512},
         "choose, blocks of 2048": {"CHOOSE_BLOCK": 2048},
-        "chunks of 16384 rows": {"ROWS_PER_CHUNK": 16384},
         "chunks of 65536 rows": {"ROWS_PER_CHUNK": 65536},
     }
 
