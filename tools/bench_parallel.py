@@ -136,7 +136,6 @@ def _common(args, name: str, layout, case, impl: str) -> dict:
 
 def _step_rows(args, ranks, name: str, layout, case, impl: str) -> list[dict]:
     from multirank import predicted
-    from multirank.dense_gpt import NAMES
 
     try:
         parts = _timed(args, ranks, layout, case, not args.no_peer)
@@ -153,7 +152,7 @@ def _step_rows(args, ranks, name: str, layout, case, impl: str) -> list[dict]:
         "metric": f"{name}_{length_name(case.work.seq)}_ms",
         "value": value,
         "unit": "ms",
-        "peer": NAMES[impl] if peer else None,
+        "peer": answers[0].get("peer_name"),
         "peer_value": peer,
         "ratio": round(value / peer, 4) if peer else None,
         **_common(args, name, layout, case, impl),

@@ -1,8 +1,9 @@
 """Megatron-Core's own dense GPT of the same width, to hold CLSA's speed against.
 
 Owns how it is built. With Transformer Engine it is Megatron's layer and Megatron's context parallelism (a
-ring of K, V blocks); without, Megatron's local layer has no context parallelism and no fused attention, so
-it gets this repository's FlashAttention and an all-gather of K, V in each layer.
+ring of K, V blocks). Megatron's local layer has no context parallelism and no fused attention, and neither
+has Transformer Engine where it finds no fused backend (a cuDNN that it cannot load, say): there the layer
+gets this repository's dense attention and an all-gather of K, V, and the peer's name says so.
 """
 
 from dataclasses import fields
@@ -25,10 +26,24 @@ from megatron_clsa.model.norm import RMSNorm
 from megatron_clsa.parallel.context import gather_sequence, local_positions
 from multirank.layouts import Case, Layout, make_config
 
-NAMES = {
-    "transformer_engine": "megatron-core GPT, dense, Transformer Engine",
-    "local": "megatron-core GPT, dense, local layers with our FlashAttention",
-}
+
+def peer_name(impl: str) -> str:
+    """What the row of a comparison calls it."""
+    layers = {"transformer_engine": "Transformer Engine", "local": "local layers"}[impl]
+    own = "" if impl == "transformer_engine" and has_fused_attention() else " with our dense attention"
+    return f"megatron-core GPT, dense, {layers}{own}"
+
+
+@lru_cache(maxsize=1)
+def has_fused_attention() -> bool:
+    """Whether Transformer Engine's attention would run fused here; it takes a slow N x N one silently."""
+    from transformer_engine.pytorch import DotProductAttention
+    from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
+
+    query, key = (torch.ones(128, 1, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+    with torch.no_grad():
+        DotProductAttention(4, 128, num_gqa_groups=2, attn_mask_type="causal")(query, key, key)
+    return _attention_backends["use_fused_attention"] or _attention_backends["use_flash_attention"]
 
 
 class GatheredAttention(MegatronModule):
@@ -63,7 +78,10 @@ def _config(layout: Layout, case: Case) -> TransformerConfig:
 
 def _layers(config: TransformerConfig, clsa_config, impl: str, vp_stage):
     if impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if not has_fused_attention():
+            layer.submodules.self_attention.submodules.core_attention = GatheredAttention
+        return layer
     layer = local_spec(clsa_config).self_layer
     layer.submodules.self_attention.submodules.core_attention = GatheredAttention
     count = get_num_layers_to_build(config, vp_stage)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_clsa.parallel.context import _HaloExchange, gather_sequence
-from multirank.dense_gpt import build_gpt, gpt_step
+from multirank.dense_gpt import build_gpt, gpt_step, peer_name
 from multirank.layouts import Case, Layout, build, make_config, run_batch
 from multirank.resume import _optimizer
 from multirank.traffic import Traffic, totals
@@ -77,7 +77,7 @@ def timed(layout: Layout, case: Case, peer: bool, count: int, seconds: float) ->
     sides = {"ours": Trainee(layout, case, False)}
     if peer:
         sides["peer"] = Trainee(layout, case, True)
-    found: dict = {name: [] for name in sides}
+    found: dict = {name: [] for name in sides} | ({"peer_name": peer_name(case.work.impl)} if peer else {})
     for number in range(WARM_UP + count):
         for name, side in sides.items():
             if torch.cuda.is_available():
