@@ -172,20 +172,19 @@ class Sweep:
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """ce `[b, sq]`, dq `[b, sq, di]` unweighted, dk `[b, sk, di]` weighted, all fp32."""
         new = dict(dtype=torch.float32, device=self.inputs.query.device)
-        ce = torch.empty(self.b, self.sq, **new)
+        index_lse, product = (torch.empty(self.b, self.sq, **new) for _ in range(2))
         dq = torch.empty(self.b, self.sq if self.want_dq else 0, self.di, **new)
         dk = torch.zeros(self.b, self.sk if self.weight is not None else 0, self.di, **new)
         for chunk in self._chunks():
             rows = slice(chunk.row0, chunk.row0 + chunk.count)
-            index_lse = self._index_lse(chunk)
-            empty = index_lse == float("-inf")
-            index_lse = index_lse.masked_fill(empty, 0.0)
-            product = self._sweep(chunk, index_lse)
-            ce[chunk.batch, rows] = ((self.h * index_lse - product) / LOG2E).masked_fill(empty, 0.0)
+            self._index_lse(chunk, index_lse[chunk.batch, rows])
+            self._sweep(chunk, index_lse[chunk.batch, rows], product[chunk.batch, rows])
             if self.want_dq:
                 self._query_gradient(chunk, dq[chunk.batch, rows])
             if self.weight is not None:
                 self._key_gradient(chunk, dk[chunk.batch])
+        empty = index_lse == float("-inf")
+        ce = ((self.h * index_lse - product) / LOG2E).masked_fill(empty, 0.0)
         return ce, dq.mul_(self.inputs.index_scale), dk.mul_(self.inputs.index_scale)
 
     def _chunks(self) -> Iterator[_Chunk]:
@@ -208,20 +207,21 @@ class Sweep:
     def _parts(self, span: int, *shape: int) -> Tensor:
         return torch.empty(self._spans(span), *shape, dtype=torch.float32, device=self.inputs.query.device)
 
-    def _index_lse(self, chunk: _Chunk) -> Tensor:
-        """`[count]` log2 of the sum of exp(I) over the keys of each row, -inf in empty rows."""
+    def _index_lse(self, chunk: _Chunk, out: Tensor) -> None:
+        """Write `[count]` log2 of the sum of exp(I) over the keys of each row, -inf in empty rows."""
         span, rows = self.tiles.gradient_span, self.inputs.rows
         parts = self._parts(span, chunk.count)
         kd_sweep.index_lse[(triton.cdiv(chunk.count, self.tiles.gradient_rows), self._spans(span))](
             self.tall_qi, self.ki, rows.start, rows.end, chunk.low, chunk.high, chunk.mask, chunk.flags,
             parts, chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded,
             self.inputs.index_scale * LOG2E, SPAN=span, num_warps=max(4, self.tiles.gradient_rows // 16),
-            **self.tile | self.tall, **self.skips,
+            **self.tile | self.tall, **self.skips, **self.two_programs,
         )  # fmt: skip
-        return torch.logsumexp(parts / LOG2E, 0) * LOG2E
+        blocks = triton.cdiv(chunk.count, 256)
+        kd_sweep.join_spans[(blocks,)](parts, out, chunk.count, parts.shape[0], BLOCK=256)
 
-    def _sweep(self, chunk: _Chunk, index_lse: Tensor) -> Tensor:
-        """Fill the scratch; returns the rows' sums of A I, `[count]`."""
+    def _sweep(self, chunk: _Chunk, index_lse: Tensor, out: Tensor) -> None:
+        """Fill the scratch; write the rows' sums of A I, `[count]`."""
         inputs, tiles = self.inputs, self.tiles
         product, spans = self._parts(tiles.span, chunk.count), self._spans(tiles.span)
         ranges = inputs.rows.start, inputs.rows.end, chunk.low, chunk.high
@@ -244,7 +244,7 @@ class Sweep:
                 HEAD=self.d, PAIR=tiles.pair, SELECTED=chunk.chosen is not None, GRADIENT=self.gradient,
                 STAGES=tiles.stages, num_warps=tiles.warps, **shape, **self.tile, **limit,
             )  # fmt: skip
-        return product.sum(0)
+        torch.sum(product, 0, out=out)
 
     def _hopper_operands(self) -> tuple:
         """Q, K, LSE, QI, KI of `sweep_hopper`."""

@@ -3,7 +3,7 @@
 Owns tiles and arithmetic; launches, scratch and autograd are in `indexer_kd.py`. A pair's scores are made
 once for all heads, and their probabilities added in registers:
 
-    index_lse       log2 of the sum of exp2(I) of a span
+    index_lse       log2 of the sum of exp2(I) of a span; join_spans of all
     sweep           A = sum_h exp2(q_h . k - lse_h);  d = H softmax(I) - A -> scratch;  value of a span
     query_gradient  dq_idx of a span = d k_idx
     key_gradient    dk_idx of a key tile += d^T q_idx over the row tiles of the chunk, in their order
@@ -78,6 +78,19 @@ def index_lse(
             most = new
     lse = tl.where(total > 0, most + tl.log2(total), float("-inf"))
     tl.store(LSE + tl.cast(span, tl.int64) * chunk + local, lse, mask=local < chunk)
+
+
+@triton.jit
+def join_spans(PARTS, OUT, chunk, spans, BLOCK: tl.constexpr):
+    """OUT `[chunk]`: log2 of the sum of exp2 over PARTS `[spans, chunk]`, -inf where all are."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    most, total = tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)
+    for span in range(spans):
+        x = tl.load(PARTS + tl.cast(span, tl.int64) * chunk + at, mask=at < chunk, other=float("-inf"))
+        new = tl.maximum(most, x)
+        total = total * tl.exp2(most - new) + tl.exp2(x - new)
+        most = new
+    tl.store(OUT + at, tl.where(total > 0, most + tl.log2(total), float("-inf")), mask=at < chunk)
 
 
 @triton.jit

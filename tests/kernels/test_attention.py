@@ -135,6 +135,23 @@ def test_two_runs_are_bitwise_equal(kind):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_point_17_a_row_decoded_over_a_cache_equals_prefill(kind):
+    case = make_case(sq=70, h=4, g=2).to(torch.float32)
+    index = random_index(case.rows, 70, 9) if kind == "sparse" else None
+    whole, whole_lse = dense(case) if index is None else sparse(index)(case)
+    for t in (0, 1, 33, 69):
+        at, seen = slice(t, t + 1), slice(0, t + 1)
+        rows = take_rows(case.rows, torch.tensor([t]))
+        cached = case.query[:, at], case.key[:, seen], case.value[:, seen]
+        if index is None:
+            out, lse = dispatch.dense_attention(*cached, rows, case.scale)
+        else:
+            out, lse = dispatch.sparse_attention(*cached, index[:, at], rows, case.scale)
+        torch.testing.assert_close(out, whole[:, at], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(lse, whole_lse[:, :, at], rtol=1e-6, atol=1e-6)
+
+
 def test_future_keys_do_not_reach_a_row():
     case = make_case(sq=100).to(torch.float32)
     before = dense(case)[0]

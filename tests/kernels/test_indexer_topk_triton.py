@@ -148,6 +148,19 @@ def test_index_is_identical_on_every_cp_rank(rank):
     assert torch.equal(whole[:, positions], part)
 
 
+@pytest.mark.parametrize("position", [7, 90, 650])
+def test_point_17_a_row_decoded_over_a_cache_selects_the_same(position):
+    """One query against the keys so far; unrounded scores, rows shorter and longer than the buffer."""
+    generator = torch.Generator().manual_seed(0)
+    q_idx, k_idx = (torch.randn(1, LONG, 32, generator=generator).to(DEVICE, torch.bfloat16) for _ in "qk")
+    at = torch.tensor([position - 1, position], device=DEVICE)
+    rows = take_rows(causal_rows(1, LONG, DEVICE), at)
+    prefill = triton_topk(q_idx[:, at], k_idx, rows, 16)
+    one = take_rows(rows, torch.tensor([1], device=DEVICE))
+    decoded = triton_topk(q_idx[:, at[1:]], k_idx[:, : position + 1], one, 16)
+    assert torch.equal(decoded, prefill[:, 1:])
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 64, 128])
 def test_any_chunk_gives_the_same(chunk_rows):
     check(
