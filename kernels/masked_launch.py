@@ -38,9 +38,10 @@ class Tilings:
     key_gradients: Tiling
 
 
+# Three stages load the next block's number ahead as well: with two, every step waits for it.
 _HALF = {
-    64: Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    128: Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    64: Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 128, 8, 3)),
+    128: Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 128, 8, 3)),
     256: Tilings(Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)),  # others spill
 }
 # fp32 products run on the plain arithmetic units, unrolled: small tiles keep them in registers.
