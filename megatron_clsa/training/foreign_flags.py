@@ -17,7 +17,7 @@ DECIDED_BY_RUN = {
     "yaml_cfg": "--config",
     "log_straggler": "--straggler-factor (Megatron's detector has to be called from its own script)",
 }
-# Another model, or another way to hold it, than model/ builds and convert/ exports.
+# Another model than model/ builds and convert/ exports, or another way to hold or train it than was tried.
 NOT_CLSA = (
     "activation_func_clamp_value",
     "apply_query_key_layer_scaling",
@@ -25,6 +25,7 @@ NOT_CLSA = (
     "attention_dropout",
     "attention_output_gate",
     "ckpt_format",
+    "cpu_offloading_num_layers",
     "experimental_attention_variant",
     "fp32_residual_connection",
     "glu_linear_offset",
@@ -39,6 +40,7 @@ NOT_CLSA = (
     "no_rope_freq",
     "normalization",
     "openai_gelu",
+    "optimizer",
     "position_embedding_type",
     "qk_clip",
     "qk_l2_norm",
@@ -50,13 +52,19 @@ NOT_CLSA = (
     "softmax_type",
     "spec",
     "squared_relu",
+    "use_kitchen_attention",
     "use_megatron_fsdp",
     "use_mup",
     "use_rope_scaling",
     "use_torch_fsdp2",
     "window_attn_skip_freq",
 )
-INSTEAD = {"window_size": "--sliding-window"}
+# An fp16 loss scale finds its size by overflowing, which the guards take for a fault.
+INSTEAD = {
+    "window_size": "--sliding-window",
+    "fp16": "--bf16",
+    "skip_train": "tools/evaluate.py",
+}
 
 
 def refuse_foreign_flags(args, parser: argparse.ArgumentParser, house: dict, sources: list) -> None:

@@ -92,13 +92,15 @@ def _check_platform(args):
         "transformer_impl": args.transformer_impl != "local",
         "fp8_format": bool(args.fp8),
         "cuda_graph_impl": args.cuda_graph_impl != "none",
-        "use_megatron_fsdp": args.use_megatron_fsdp,
         "sparse_attention_kernel": args.sparse_attention_kernel != "auto",
+        "use_precision_aware_optimizer": args.use_precision_aware_optimizer,
+        "recompute_modules": "layernorm" in (args.recompute_modules or ()),
     }
     for name, asked in gpu_only.items():
         if asked:
             value = getattr(args, "fp8" if name == "fp8_format" else name)
-            raise UserError(f"--{_dashed(name)} {value} needs a GPU and none is visible: drop the flag")
+            shown = "" if value is True else f" {' '.join(value) if isinstance(value, list) else value}"
+            raise UserError(f"--{_dashed(name)}{shown} needs a GPU and none is visible: drop the flag")
 
 
 def _check_writers(args):
@@ -151,8 +153,6 @@ def _check_layout(args):
 def _check_schedule(args):
     if args.keep_every is not None and args.keep_last is None:
         raise UserError(f"--keep-every {args.keep_every} means nothing without --keep-last: add it")
-    if args.fp16 and args.bf16:
-        raise UserError("--fp16 and --bf16 exclude each other: drop one")
     if args.min_lr is not None and args.min_lr > args.lr:
         raise UserError(f"--min-lr {args.min_lr} is above --lr {args.lr}: lower it")
     decay = args.lr_decay_iters or args.train_iters

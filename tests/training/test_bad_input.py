@@ -97,10 +97,6 @@ def test_bad_recipe_ends_in_one_line_and_code_2(tmp_path, capsys, old, new, name
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_of_its_own_says_no_more(tmp_path):
-    assert "--num-layers 5" in _refusal(distill(tmp_path / "run", "--num-layers=5"))
-
-
 ARCHITECTURE = Architecture(
     vocab_size=127,
     hidden_size=32,
@@ -143,7 +139,7 @@ def test_a_checkpoint_of_another_model_or_of_none_is_refused(tmp_path, capsys, o
 
 
 def test_ranks_refuse_alike_and_one_of_them_says_so(tmp_path):
-    """The other layouts that cannot be: test_recipe_and_flags.py, without processes."""
+    """In processes of their own, where imports could say more. Other layouts: test_recipe_and_flags.py."""
     flags = ["--tensor-model-parallel-size=2", "--num-attention-heads=3", "--num-query-groups=3"]
     assert "--num-attention-heads 3" in _refusal(distill(tmp_path / "run", *flags, ranks=2))
     assert not (tmp_path / "run").exists()

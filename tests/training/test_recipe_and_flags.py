@@ -67,6 +67,10 @@ def test_phases_flag_chooses_a_subset(tmp_path):
         (["--normalization", "LayerNorm"], ["--normalization LayerNorm", "RMSNorm"]),
         (["--attention-dropout", "0.1"], ["--attention-dropout 0.1"]),
         (["--use-rope-scaling"], ["command line: --use-rope-scaling"]),
+        (["--optimizer", "sgd"], ["--optimizer sgd", "adam"]),
+        (["--skip-train"], ["--skip-train", "tools/evaluate.py"]),
+        (["--use-precision-aware-optimizer"], ["--use-precision-aware-optimizer", "GPU"]),
+        (["--recompute-modules", "layernorm"], ["--recompute-modules layernorm", "GPU"]),
         (["--load", "x"], ["--load x", "--pretrained-checkpoint"]),
         (["--rotary-base", "0"], ["--rotary-base 0"]),
         (["--kv-channels", "7"], ["--kv-channels 7", "even"]),
@@ -120,12 +124,10 @@ def test_help_is_grouped_and_explains_each_flag_of_ours(capsys):
         parse_command(["--help"])
     text = capsys.readouterr().out
     assert left.value.code == 0
-    assert all(f"\n{title}:" in text for title in ("run", "guards", "CLSA model and loss"))
+    titles = "run", "guards", "teacher", "CLSA model and loss"
+    assert all(f"\n{title}:" in text for title in titles)
     ours = [
-        a
-        for group in build_parser()._action_groups
-        if group.title in ("run", "guards")
-        for a in group._group_actions
+        a for group in build_parser()._action_groups if group.title in titles for a in group._group_actions
     ]
     assert ours and all(action.help for action in ours)
 
