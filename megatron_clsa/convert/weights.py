@@ -143,8 +143,3 @@ def rope_type(config: dict) -> str:
         if kind and kind != "default":
             return kind
     return "default"
-
-
-def stored_dtype(config: dict) -> torch.dtype | None:
-    """What the folder says its weights are in."""
-    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
