@@ -1,4 +1,7 @@
-"""Applies the no-GPU patches before any test imports megatron-core; skips GPU tests where there is none."""
+"""Applies the no-GPU patches before any test imports megatron-core; skips GPU tests where there is none.
+
+Orders the files, too: the long ones first.
+"""
 
 import os
 
@@ -9,6 +12,15 @@ if not torch.cuda.is_available():  # read when a kernel is decorated, hence befo
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import megatron_clsa.parallel.cpu  # noqa: F401
+
+# Files that take minutes; first, so that parallel workers end together (run.sh keeps xdist to this order).
+LONG = (
+    "test_runs.py",
+    "test_layouts.py",
+    "test_teacher_runs.py",
+    "test_checkpoints.py",
+    "test_dense_families.py",
+)
 
 
 def _missing(item) -> str | None:
@@ -23,6 +35,7 @@ def _missing(item) -> str | None:
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         if reason := _missing(item):
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -7,4 +7,4 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/tools/environment.sh"
 clsa_environment
 cd "$root"
-exec python -m pytest "$@"
+exec python -m pytest --no-loadscope-reorder "$@"
