@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ENVIRONMENT, command, distill, metrics, run, steps
+from runs import ENVIRONMENT, TINY, command, distill, metrics, run, steps
 
 STEP_FIELDS = {
     "step",
@@ -90,16 +90,34 @@ def test_twenty_steps_log_the_same_losses_at_any_layout(whole_run, layout):
         assert line["kd_loss"] == pytest.approx(wanted["kd_loss"], abs=1e-4)
 
 
-def test_a_run_cut_inside_a_phase_resumes_bitwise(whole_run, tmp_path):
+def _cut_in(phase: str, step: int, folder: Path) -> Path:
+    """The recipe, left with a checkpoint at a step of one phase."""
+    recipe = folder / f"cut_in_{phase}.yaml"
+    cut = f"name: {phase}, exit_interval: {step}, save_interval: {step}"
+    recipe.write_text(TINY.read_text().replace(f"name: {phase}", cut))
+    return recipe
+
+
+def test_a_run_cut_inside_every_phase_resumes_bitwise(whole_run, tmp_path):
     """The same command again goes on from the newest checkpoint; steps that were lost are logged once."""
-    cut = distill(tmp_path, "--exit-interval", "6", "--save-interval", "6", "--phases", "dense")
-    assert cut.returncode == 75, cut.stderr[-3000:]
-    assert [line["step"] for line in steps(tmp_path)] == list(range(1, 7))
-    with (tmp_path / "metrics.jsonl").open("a") as file:  # as a kill two steps after the checkpoint leaves it
-        for step in (7, 8):
-            file.write(json.dumps(steps(tmp_path)[-1] | {"step": step, "phase_step": step}) + "\n")
+    out, done = tmp_path / "run", 0
+    for phase, step, logged in (("dense", 6, 6), ("warmup", 2, 12), ("sparse", 3, 17)):
+        cut = distill(out, recipe=_cut_in(phase, step, tmp_path))
+        assert cut.returncode == 75, cut.stderr[-3000:]
+        assert [line["step"] for line in steps(out)[done:]] == list(range(done + 1, logged + 1))
+        _leave_steps_without_a_checkpoint(out)
+        done = logged
+    _assert_bitwise(whole_run("single"), _run("single", out))
+
+
+def _leave_steps_without_a_checkpoint(out: Path) -> None:
+    """As a kill two steps after the checkpoint does."""
+    last = steps(out)[-1]
+    with (out / "metrics.jsonl").open("a") as file:
+        for more in (1, 2):
+            lost = {"step": last["step"] + more, "phase_step": last["phase_step"] + more}
+            file.write(json.dumps(last | lost) + "\n")
         file.write('{"step": 9, "lm_lo')
-    _assert_bitwise(whole_run("single"), _run("single", tmp_path))
 
 
 def _cut(layout: str, out: Path, after: int, number: signal.Signals, *flags: str) -> int:
