@@ -16,17 +16,17 @@ from megatron_clsa.kernels.union_forward import infinity_bits, only_members
 
 @triton.jit(do_not_specialize=["tiles", "sq"])
 def pack_rows(
-    Q, OUT, DOUT, LSE, DLSE, PACKED_Q, PACKED_DOUT, LSE2, DELTA, UP, tiles, sq,
+    Q, OUT, DOUT, LSE, DLSE, PACKED_Q, PACKED_DOUT, LSE2, DELTA, BIT, tiles, sq,
     q_b, q_s, q_h, o_b, o_s, o_h, do_b, do_s, do_h,
     G: tl.constexpr, T: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """In the order of tiles, `[b, g, t, R]` and zero where a row does not exist: Q, DOUT, the LSE to base 2
     (+inf for rows without a key) and what the softmax's gradient subtracts, `sum_d OUT * DOUT - DLSE`;
-    `UP [R]`."""
+    `BIT [R]`."""
     tile, kvh, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch = (tile // tiles).to(tl.int64)
     r, d = tl.arange(0, R), tl.arange(0, D)
-    up, query, head, real = part_rows(r, tile % tiles, kvh, sq, G, T)
+    _, query, head, real = part_rows(r, tile % tiles, kvh, sq, G, T)
     row = ((batch * groups + kvh) * tiles + tile % tiles) * R + r
     to = row[:, None] * D + d[None, :]
     at = Q + batch * q_b + (query * q_s + head * q_h)[:, None] + d[None, :]
@@ -42,7 +42,7 @@ def pack_rows(
     tl.store(LSE2 + row, tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634))
     tl.store(DELTA + row, tl.sum(out * dout.to(tl.float32), 1) - dlse)
     if (tile == 0) & (kvh == 0):
-        tl.store(UP + r, up)
+        tl.store(BIT + r, tl.where(r // G < T, 1 << tl.minimum(r // G, 31), 0))
 
 
 @triton.jit(do_not_specialize=["tiles", "sq", "sk"])
@@ -85,7 +85,7 @@ def masked_query_gradients(
 
 @triton.jit(do_not_specialize=["tiles", "sk"])
 def masked_key_gradients(
-    Q, DOUT, LSE2, DELTA, UP, K, V, WORDS, OFFSETS, ENTRIES, ORDER, DK, DV, scale, tiles, sk, width,
+    Q, DOUT, LSE2, DELTA, BIT, K, V, WORDS, OFFSETS, ENTRIES, ORDER, DK, DV, scale, tiles, sk, width,
     k_b, k_s, k_h, v_b, v_s, v_h,
     R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -100,7 +100,6 @@ def masked_key_gradients(
     value = tl.load(block_rows(V + batch * v_b + kvh * v_h, 0, v_s, sk, j, d, False))
     words = WORDS + batch * tiles * width + j
     dkey, dvalue = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, D], tl.float32)
-    infinity = infinity_bits(scale)
     log2_scale = scale * 1.4426950408889634
     STEPS: tl.constexpr = R // ROWS
     rows = (batch * groups + kvh) * tiles * R
@@ -109,12 +108,12 @@ def masked_key_gradients(
         tile = tl.load(ENTRIES + first + i // STEPS)
         part = i % STEPS * ROWS
         row = rows + tile * R + part
-        word, up = tl.load(words + tile.to(tl.int64) * width), tl.load(UP + part + r)
+        word, bit = tl.load(words + tile.to(tl.int64) * width), tl.load(BIT + part + r)
         q = tl.load(Q + row * D + (r[:, None] * D + d[None, :]))
         dout = tl.load(DOUT + row * D + (r[:, None] * D + d[None, :]))
         lse, delta = tl.load(LSE2 + row + r), tl.load(DELTA + row + r)
         score = tl.dot(key, tl.trans(q), input_precision=PRECISION) * log2_scale - lse[None, :]
-        weight = tl.exp2(only_members(score, word[:, None], up[None, :], infinity))
+        weight = tl.exp2(tl.where((word[:, None] & bit[None, :]) != 0, score, float("-inf")))
         dvalue = tl.dot(weight.to(dout.dtype), dout, dvalue, input_precision=PRECISION)
         dweight = tl.dot(value, tl.trans(dout), input_precision=PRECISION)
         dscore = (weight * (dweight - delta[None, :])).to(q.dtype)

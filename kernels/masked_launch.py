@@ -38,10 +38,11 @@ class Tilings:
     key_gradients: Tiling
 
 
-# Three stages load the next block's number ahead as well: with two, every step waits for it.
+# Fastest of those that tools/tune_attention.py timed for 128 dims at 32K on an H200; 64 takes the same.
+_COMMON = Tilings(Tiling(128, 128, 8, 2), Tiling(128, 128, 8, 2), Tiling(64, 64, 4, 2))
 _HALF = {
-    64: Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 128, 8, 3)),
-    128: Tilings(Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 128, 8, 3)),
+    64: _COMMON,
+    128: _COMMON,
     256: Tilings(Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)),  # others spill
 }
 # fp32 products run on the plain arithmetic units, unrolled: small tiles keep them in registers.
@@ -75,14 +76,14 @@ class Packed:
     Attributes:
         query, dout: `[b, g, t, R, d]`.
         lse2, delta: `[b, g, t, R]` fp32, see `pack_rows`.
-        up: `[R]` int32, what lifts each row's bit in a tile's words to the highest.
+        bit: `[R]` int32, each row's bit in a tile's words, 0 for padding.
     """
 
     query: Tensor
     dout: Tensor
     lse2: Tensor
     delta: Tensor
-    up: Tensor
+    bit: Tensor
 
 
 def pack(query, key, out, dout, lse, dlse, plan: MaskPlan) -> Packed:
@@ -95,7 +96,7 @@ def pack(query, key, out, dout, lse, dlse, plan: MaskPlan) -> Packed:
     numbers = [torch.empty(shape, dtype=torch.float32, **new) for _ in range(2)]
     packed = Packed(*vectors, *numbers, torch.empty(rows, dtype=torch.int32, **new))
     pack_rows[(b * tiles, g)](
-        query, out, dout, lse, dlse, *vectors, *numbers, packed.up, tiles, sq, *_strides(query, out, dout),
+        query, out, dout, lse, dlse, *vectors, *numbers, packed.bit, tiles, sq, *_strides(query, out, dout),
         G=h // g, T=plan.queries, R=rows, D=d, num_warps=8,
     )  # fmt: skip
     return packed
@@ -125,7 +126,7 @@ def key_gradients(packed: Packed, key, value, plan: MaskPlan, shape, scale: floa
     del constants["G"], constants["T"]  # packed rows need neither
     width = plan.words.shape[1]
     masked_key_gradients[(b * width // constants["KEYS"], g)](
-        packed.query, packed.dout, packed.lse2, packed.delta, packed.up, key, value, plan.words,
+        packed.query, packed.dout, packed.lse2, packed.delta, packed.bit, key, value, plan.words,
         *_lists(plan.query_tiles), dkey, dvalue, scale, triton.cdiv(shape[1], plan.queries), sk, width,
         *_strides(key, value), **constants,
     )  # fmt: skip

@@ -29,12 +29,10 @@ MOST_MASK_BYTES = 4 << 30  # 128K tokens of 5 heads a KV head take 2.7 GiB
 _SAMPLED_TILES = 128
 
 # Nanoseconds of forward and backward for one key of a tile of 64 rows x 128 dims (one KV head), on one H100.
-# Union: rows `sparse_attention_fwd_bwd*` of docs/results/kernels.json over their `union_rows` x 4 heads give
-# 0.73 to 0.79 at 8K to 128K, overlapping or random. Masked: assumed, a tenth above FlexAttention's dense
-# causal time at 32K with like tiles; measured it is `masked_attention_fwd_bwd*` over `live_blocks` x
-# KEY_BLOCK x 2 x 4 heads.
-UNION_NS = 0.74
-MASKED_NS = 0.30
+# Fit to tools/tune_attention.py on one H200: union 0.56 to 0.57 (32K, overlapping and random; over
+# `union_rows` x 4 heads), masked 0.31 (32K and 128K; over `live_blocks` x KEY_BLOCK x 2 x 4 heads).
+UNION_NS = 0.57
+MASKED_NS = 0.31
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Launch:
 # For 64 rows of at most 128 dims; what is larger takes 8 warps and fewer loads in flight.
 FORWARD = Launch(4, 3)
 WALK = Launch(4, 1)
-SUM_BLOCK, SUM_WARPS = 16, 2  # rows that a program of `sum_rows` reads at once, and its warps
+SUM_BLOCK, SUM_WARPS = 8, 1  # rows that a program of `sum_rows` reads at once, and its warps
 
 
 def supported(query: Tensor, key: Tensor) -> bool:

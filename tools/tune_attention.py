@@ -27,31 +27,20 @@ from megatron_clsa.kernels.union_attention import Launch
 
 # Beside the table's entry for head dim 128, which comes first and is what the others are held against.
 OTHERS = {
-    "forward": [Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(128, 128, 8, 3)],
-    "query_gradients": [
-        Tiling(128, 64, 8, 2),
-        Tiling(64, 64, 4, 2),
-        Tiling(64, 64, 4, 3),
-        Tiling(128, 128, 8, 2),
-    ],
-    "key_gradients": [
-        Tiling(64, 128, 8, 2),
-        Tiling(32, 128, 8, 3),
-        Tiling(64, 64, 4, 2),
-        Tiling(64, 64, 8, 3),
-    ],
+    "forward": [Tiling(64, 64, 4, 3), Tiling(128, 128, 8, 3), Tiling(128, 64, 8, 3)],
+    "query_gradients": [Tiling(64, 64, 4, 2), Tiling(128, 64, 8, 2)],
+    "key_gradients": [Tiling(64, 64, 4, 3), Tiling(64, 128, 8, 3)],
 }
 _TABLE = launch.tilings(torch.bfloat16, DIM)
 CANDIDATES = {name: [getattr(_TABLE, name), *others] for name, others in OTHERS.items()}
 # What differs from the constants of union_attention, the first of each being those at the time of writing.
 UNION = {
-    "union_forward": [{}, {"FORWARD": Launch(4, 2)}, {"FORWARD": Launch(4, 4)}],
+    "union_forward": [{}, {"FORWARD": Launch(4, 4)}],
     "union_backward": [
         {},
         {"WALK": Launch(4, 2)},
-        {"WALK": Launch(8, 2)},
-        {"SUM_BLOCK": 8, "SUM_WARPS": 1},
-        {"SUM_BLOCK": 32, "SUM_WARPS": 4},
+        {"SUM_BLOCK": 4, "SUM_WARPS": 1},
+        {"SUM_BLOCK": 16, "SUM_WARPS": 1},
     ],
 }
 STAY = {name.strip("_") or "overlapping": stay for name, stay in KINDS.items()}
