@@ -69,7 +69,7 @@ def default_tiles(query: Tensor, q_idx: Tensor) -> Tiles:
         return Tiles(rows=32, keys=32, gradient_rows=32, stages=1)
     if max(query.shape[-1], q_idx.shape[-1]) > 128:
         return Tiles(keys=64)
-    return Tiles(registers=168, hopper=True)
+    return Tiles(registers=168)
 
 
 def on_hopper(query: Tensor, q_idx: Tensor) -> bool:
