@@ -20,6 +20,7 @@ from megatron_clsa.training.metrics import PhasePosition
 from megatron_clsa.training.recipe import Phase, Recipe
 from megatron_clsa.training.validation import validate_phase
 
+_RECORDED = {"folder", "trainable", "steps", "tokens"}  # of a complete phase, at least
 Newest = Callable[[Path], int | None]
 
 
@@ -32,7 +33,10 @@ class RunState:
         if path is not None and path.is_file():
             try:
                 self.complete = json.loads(path.read_text())["complete"]
-            except (ValueError, KeyError, TypeError) as error:
+                for phase, record in self.complete.items():
+                    if not isinstance(record, dict) or not record.keys() >= _RECORDED:
+                        raise ValueError(f"phase {phase}")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path} is damaged ({error}): delete it, phases go on from their checkpoints"
                 ) from None

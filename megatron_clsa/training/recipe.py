@@ -96,21 +96,33 @@ def load_recipe(path: str | Path) -> Recipe:
 def _parse_layouts(layouts: Any, path: Path) -> Layouts:
     layouts = layouts or {}
     good = isinstance(layouts, dict) and all(
-        isinstance(ranks, int) and isinstance(settings, dict) for ranks, settings in layouts.items()
+        isinstance(ranks, int) and ranks > 0 and isinstance(settings, dict)
+        for ranks, settings in layouts.items()
     )
     if not good:
         raise UserError(f"{path}: layouts must map numbers of ranks to settings, such as 8: {{...}}")
     return layouts
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML keeps the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key, _), value in zip(node.value, keys, strict=True):
+            if isinstance(value, str) and keys.count(value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{value} is set twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(
             f"--config {path}: {error.strerror}; give a recipe such as examples/recipes/*.yaml"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: is not YAML: {error}") from error
     if not isinstance(document, dict):
         raise UserError(
@@ -124,6 +136,8 @@ def _join_sections(document: dict, path: Path) -> dict[str, Any]:
     for section, values in document.items():
         if section not in SECTIONS:
             raise UserError(unknown_key(section, [*SECTIONS, "layouts", "phases"], path, "section"))
+        if not isinstance(values or {}, dict):
+            raise UserError(f"{path}: section {section} must map names to values, found {values}")
         for key, value in (values or {}).items():
             if key in settings:
                 raise UserError(f"{path}: {key} is set twice; keep one of them")

@@ -58,6 +58,10 @@ from megatron_clsa.training.teacher_supply import TeacherSupply
 from megatron_clsa.training.watchdog import Watchdog, memory_advice
 
 EXIT_DONE, EXIT_FAILED, EXIT_SAVED = 0, 1, 75
+# Of the run's folder, what the same command will meet again; a network file system's errors may pass.
+HOPELESS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
+}  # fmt: skip
 
 
 def main(words: list[str]) -> int:
@@ -81,7 +85,7 @@ def make_folder(plan: RunPlan) -> None:
         writable = os.access(plan.out, os.W_OK) and os.access(plan.checkpoints, os.W_OK)
         reason = None if writable else "no permission to write"
     except OSError as error:
-        reason = error.strerror
+        reason = f"{error.strerror} ({error.filename})"
     if reason:
         raise UserError(f"--out {plan.out}: {reason}; name a folder that you may write to")
 
@@ -99,7 +103,15 @@ def run_phases(plan: RunPlan) -> int:
         return EXIT_DONE
     store, args = launcher_store(), plan.runs[0].args
     with one_writer(plan.out, store, args.rank, args.world_size):
-        return _run_in_turn(plan, store)
+        try:
+            return _run_in_turn(plan, store)
+        except OSError as error:
+            if error.errno not in HOPELESS:
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            raise UserError(
+                f"--out {plan.out}: {error.strerror}{where}; mend that, then run it again"
+            ) from error
 
 
 def _run_in_turn(plan: RunPlan, store: dist.Store) -> int:
@@ -180,10 +192,6 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
     except torch.OutOfMemoryError as error:
         print(memory_advice(error, run.args.rank), file=sys.stderr, flush=True)
         raise SystemExit(EXIT_FAILED) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"--out {plan.out}: {error.strerror}; make room, then run it again") from error
     finally:
         watchdog.stop()
         _tear_down()

@@ -38,17 +38,24 @@ class RunLock:
         """Hold the folder.
 
         Raises:
-            UserError: if a living job holds it.
+            UserError: if a living job holds it, or it cannot be written.
         """
         text = json.dumps(_this_process() | {"token": self.token})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._make(text)
+        except OSError as error:
+            raise UserError(f"--out {self.path.parent} cannot be written: {error.strerror}") from None
+        self.thread.start()
+
+    def _make(self, text: str) -> None:
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            os.write(descriptor, text.encode())
-            os.close(descriptor)
         except FileExistsError:
             self._take_over(text)
-        self.thread.start()
+            return
+        os.write(descriptor, text.encode())
+        os.close(descriptor)
 
     def _take_over(self, text: str) -> None:
         held = _read(self.path)

@@ -22,6 +22,7 @@ from megatron_clsa.data.tokenizer import load_tokenizer
 from megatron_clsa.data.validation import validate_data_arguments
 from megatron_clsa.errors import UserError
 from megatron_clsa.estimate.shape import chunk_layers
+from megatron_clsa.training.ranges import check_ranges
 from megatron_clsa.training.teacher_checks import check_teacher, check_teacher_vocabulary
 
 REQUIRED = (
@@ -33,19 +34,6 @@ REQUIRED = (
     "train_iters",
     "lr",
 )
-POSITIVE = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "global_batch_size",
-    "eval_iters",
-    "eval_interval",
-    "save_interval",
-    "log_interval",
-)
 
 
 def validate_phase(args, phase_name: str) -> CLSAConfig:
@@ -56,6 +44,7 @@ def validate_phase(args, phase_name: str) -> CLSAConfig:
     """
     try:
         _check_required(args)
+        check_ranges(args)
         _check_layout(args)
         _check_sequence(args)
         _check_schedule(args)
@@ -75,17 +64,13 @@ def validate_phase(args, phase_name: str) -> CLSAConfig:
 
 def _check_required(args):
     for name in REQUIRED:
-        value = getattr(args, name)
-        if value is None:
+        if getattr(args, name) is None:
             raise UserError(f"--{_dashed(name)} is missing: set {name} in the recipe")
-    for name in (*REQUIRED, *POSITIVE):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{_dashed(name)} {value}: give a positive number")
 
 
 def _check_platform(args):
     if torch.cuda.is_available():
+        _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
         return
     gpu_only = {
         "distributed_backend": args.distributed_backend == "nccl",
@@ -101,6 +86,14 @@ def _check_platform(args):
             value = getattr(args, "fp8" if name == "fp8_format" else name)
             shown = "" if value is True else f" {' '.join(value) if isinstance(value, list) else value}"
             raise UserError(f"--{_dashed(name)}{shown} needs a GPU and none is visible: drop the flag")
+
+
+def _check_gpus(ranks: int, gpus: int):
+    """On this machine; a rank needs a GPU of its own. Under srun the launch script has counted."""
+    if ranks > gpus:
+        raise UserError(
+            f"--nproc-per-node {ranks}: {gpus} GPUs are visible here; start as many ranks at most"
+        )
 
 
 def _check_writers(args):
@@ -160,6 +153,11 @@ def _check_schedule(args):
         raise UserError(
             f"--lr-warmup-iters {args.lr_warmup_iters} leaves nothing of the {decay} steps of --train-iters "
             "or --lr-decay-iters: lower it"
+        )
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        raise UserError(
+            f"--profile-step-end {args.profile_step_end} is not after --profile-step-start "
+            f"{args.profile_step_start}: nothing would be traced"
         )
 
 

@@ -184,11 +184,14 @@ class Job:
     def restarted(self):
         """Wait for a requeue and skip Slurm's 120 s before it.
 
-        Not before the old script is gone: its exit code would be taken for that of the new attempt.
+        A second or two of them must pass: credentials are revoked and made by the second, and one that was
+        made in the second of the requeue counts as revoked ("Killing non-startable batch job").
         """
+        self.wait(lambda: self.state == "PENDING")
+        time.sleep(2.5)
 
         def running_again() -> bool:
-            if self.state == "PENDING" and not self.processes():
+            if self.state == "PENDING":
                 command("scontrol", "update", f"JobId={self.id}", "StartTime=now")
             return self.state == "RUNNING" and int(self.field("Restarts")) > 0
 

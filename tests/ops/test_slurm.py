@@ -30,8 +30,8 @@ def test_a_run_over_two_nodes_takes_every_step(whole_curve):
 
 
 def test_a_preempted_job_goes_on_with_the_losses_of_an_unbroken_one(whole_curve, tmp_path):
-    """TERM reaches the ranks, they save at the step they are at and answer 75; the script requeues."""
-    job = at_step(submit(tmp_path), 25)
+    """TERM reaches the ranks and their data workers; they save at the step they are at and answer 75."""
+    job = at_step(submit(tmp_path, "--num-workers=1"), 25)
     high = Job(_sleeper(tmp_path), tmp_path, flags=("-p", "high", "--exclusive", "-N2"))
     job.wait(lambda: "requeue after code 75" in job.log)
     high.done()

@@ -97,6 +97,30 @@ def test_bad_recipe_ends_in_one_line_and_code_2(tmp_path, capsys, old, new, name
     assert not (tmp_path / "run").exists()
 
 
+RECORDS = ("[]", '{"complete": {"dense": 5}}', '{"complete": {"dense": {}}}', '{"comp')
+
+
+@pytest.mark.parametrize("content", RECORDS)
+def test_a_record_of_phases_that_is_damaged_is_named(tmp_path, capsys, content):
+    (tmp_path / "run.json").write_text(content)
+    assert "run.json is damaged" in _refusal_here(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "metrics.jsonl", "checkpoints"])
+def test_something_in_the_way_of_the_run_is_named(tmp_path, place):
+    """A file in place of the run or its checkpoints, a folder in place of its metrics."""
+    out = tmp_path / "a run"
+    if place == "metrics.jsonl":
+        (out / place).mkdir(parents=True)
+    else:
+        (out / place).parent.mkdir(exist_ok=True)
+        (out / place).touch()
+    result = distill(out)
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(said) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert f"--out {out}" in said[0] and place in said[0]
+
+
 ARCHITECTURE = Architecture(
     vocab_size=127,
     hidden_size=32,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_clsa.errors import UserError
+from megatron_clsa.training import validation
 from megatron_clsa.training.arguments import build_parser, parse_command
 from megatron_clsa.training.plan import make_plan
 from megatron_clsa.training.recipe import load_recipe
@@ -61,6 +62,11 @@ def test_phases_flag_chooses_a_subset(tmp_path):
         (["--distributed-backend", "nccl"], ["--distributed-backend nccl", "GPU"]),
         (["--transformer-impl", "transformer_engine"], ["--transformer-impl", "GPU"]),
         (["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model is missing"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--hang-timeout=-1"], ["--hang-timeout", "-1"]),
+        (["--adam-beta2", "1"], ["--adam-beta2 1.0"]),
+        (["--ckpt-format", "torch"], ["--ckpt-format torch"]),
+        (["--profile", "--profile-step-start=9", "--profile-step-end=3"], ["--profile-step-end 3"]),
         (["--log-straggler"], ["--straggler-factor"]),
         (["--save=elsewhere"], ["--save", "--out"]),
         (["--window-size", "8,0"], ["--window-size 8 0", "--sliding-window"]),
@@ -119,6 +125,12 @@ def test_layout_that_cannot_hold_the_model_is_refused(tmp_path, words, ranks, na
         plan_of(tmp_path, *words, ranks=ranks)
 
 
+def test_more_ranks_than_gpus_are_refused():
+    validation._check_gpus(8, 8)
+    with pytest.raises(UserError, match="--nproc-per-node 8: 4 GPUs are visible"):
+        validation._check_gpus(8, 4)
+
+
 def test_help_is_grouped_and_explains_each_flag_of_ours(capsys):
     with pytest.raises(SystemExit) as left:
         parse_command(["--help"])
@@ -143,6 +155,11 @@ def test_tensor_parallelism_turns_sequence_parallelism_on(tmp_path):
         ("optimizer:", "optimiser:", "unknown section optimiser; did you mean optimizer"),
         ("lr: 1e-4", "save: x", "save is decided by the run"),
         ("mock_data: true", "mock_data: 1", "mock_data is a switch"),
+        ("{eval_iters: 1}", "[1]", "section evaluation must map names"),
+        ("{eval_iters: 1}", "{eval_iters: 1, eval_iters: 2}", "eval_iters is set twice"),
+        ("model:", "model: {num_layers: 2}\nmodel:", "model is set twice"),
+        ("phases:", "layouts: {-1: {lr: 1}}\nphases:", "layouts must map numbers"),
+        ("model:", "x: " + "[" * 3000 + "]" * 3000 + "\nmodel:", "is not YAML"),
         ("name: sparse", "name: short", "same name"),
     ],
 )
