@@ -56,3 +56,12 @@ def test_readme_links_every_page():
     linked = "".join(page.read_text() for page in PAGES)
     pages = [page.name for page in PAGES if page.name != "README.md"]
     assert not [name for name in pages if f"({name}" not in linked and f"docs/{name}" not in linked]
+
+
+def test_commands_of_the_readme_are_run_by_ci_or_say_why_not():
+    """`.ci/run` runs what is fenced as `bash cpu`, and the tests."""
+    blocks = re.findall(r"```bash( cpu)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    elsewhere = [line for run, block in blocks if not run for line in block.splitlines() if line.strip()]
+    marks = ("# GPU", "# not in CI", "as .ci/run does")
+    assert any(run for run, _ in blocks)
+    assert not [line for line in elsewhere if not any(mark in line for mark in marks)]
