@@ -168,6 +168,7 @@ def check_origin(origin: Origin, run: PhaseRun) -> None:
     config = run.config
     wanted = {f.name: getattr(config, f.name) for f in fields(Architecture) if hasattr(config, f.name)}
     wanted["tie_embeddings"] = not run.args.untie_embeddings_and_output_weights
+    wanted["vocab_size"] = run.args.tokenizer_vocab_size  # Megatron loads an embedding of any height
     check_same_architecture(read_architecture(origin.folder), wanted, origin.folder)
     if origin.checkpoint is None and not (origin.folder / TRACKER).is_file():
         raise UserError(f"{origin.folder} holds no complete checkpoint: copy it again or name another folder")

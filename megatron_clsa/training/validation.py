@@ -193,6 +193,7 @@ def _load_tokenizer(args):
     quiet = copy(args)
     quiet.pad_vocab_size = False  # Megatron would log the padding
     tokenizer = load_tokenizer(quiet)
+    args.tokenizer_vocab_size = tokenizer.vocab_size
     args.padded_vocab_size = vocab_size_with_padding(tokenizer.vocab_size, args, logging_enabled=False)
     return tokenizer
 

@@ -148,6 +148,7 @@ ARCHITECTURE = Architecture(
     [
         ({"num_layers": 6}, "its num_layers is 6, this run's is 4"),
         ({"index_head_dim": 16}, "its index_head_dim is 16, this run's is 8"),
+        ({"vocab_size": 129}, "its vocab_size is 129, this run's is 127"),
         ({}, "holds no complete checkpoint"),
         (None, "has no clsa.json"),
     ],
