@@ -13,15 +13,12 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_clsa.kernels import kd_sweep, kd_sweep_hopper
+from megatron_clsa.kernels import kd_sweep
 from megatron_clsa.kernels.kd_selected import Selected, mark_selected
 from megatron_clsa.kernels.rows import RowRange
 
-HOPPER_KEYS, HOPPER_STAGES = 256, 4  # of kd_sweep_hopper: 208 KiB of query and key tiles
 SCRATCH_BYTES = 512 * 2**20
 LOG2E = math.log2(math.e)
 
@@ -30,11 +27,9 @@ LOG2E = math.log2(math.e)
 class Tiles:
     """Tile sizes and the launch of the sweep; `default_tiles` holds what was fastest on an H100.
 
-    `hopper` takes the sweep of `kd_sweep_hopper.py`, with tiles of its own: 64 rows x 256 keys. The index's
-    LSE and dq take `gradient_rows` at a time, a multiple of `rows`.
+    The index's LSE and dq take `gradient_rows` at a time, a multiple of `rows`.
     """
 
-    hopper: bool = False
     rows: int = 64
     keys: int = 128
     pair: bool = False
@@ -64,7 +59,7 @@ class Inputs:
 
 
 def default_tiles(query: Tensor, q_idx: Tensor) -> Tiles:
-    """In the portable sweep three programs a multiprocessor (168 registers) beat two without spills."""
+    """Three programs a multiprocessor (168 registers) beat two without spills."""
     if query.dtype == torch.float32:
         return Tiles(rows=32, keys=32, gradient_rows=32, stages=1)
     if max(query.shape[-1], q_idx.shape[-1]) > 128:
@@ -72,26 +67,10 @@ def default_tiles(query: Tensor, q_idx: Tensor) -> Tiles:
     return Tiles(registers=168)
 
 
-def on_hopper(query: Tensor, q_idx: Tensor) -> bool:
-    """Whether the sweep has a version of its own for this chip and these shapes."""
-    heads, dim = query.shape[2:]
-    if not query.is_cuda or query.dtype == torch.float32 or heads % 2:
-        return False
-    return dim == q_idx.shape[-1] == 128 and torch.cuda.get_device_capability(query.device) == (9, 0)
-
-
 def _flat(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """`[b, s, ...]` as a matrix of b s rows, read in blocks of `rows` x `columns`; zero beyond its end."""
     flat = x.reshape(x.shape[0] * x.shape[1], -1)
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns])
-
-
-def _shared(x: Tensor, rows: int, columns: int) -> hopper.TensorDescriptor:
-    """As `_flat`, for Gluon, which wants to know the layout in shared memory."""
-    flat = x.reshape(x.shape[0] * x.shape[1], -1)
-    element = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], element)
-    return hopper.TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns], layout)
 
 
 def _tile_ranges(rows: RowRange, row_tile: int, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -142,8 +121,7 @@ class Sweep:
         self.sk, self.kv = inputs.key.shape[1:3]
         self.di = inputs.q_idx.shape[-1]
         self.wide = max(16, triton.next_power_of_2(self.di))
-        self.hopper = tiles.hopper and on_hopper(inputs.query, inputs.q_idx)
-        self.step = HOPPER_KEYS if self.hopper else tiles.keys * (2 if tiles.pair else 1)
+        self.step = tiles.keys * (2 if tiles.pair else 1)
         self.padded = (self.sk // self.step + 1) * self.step
         row_bytes = self.padded * (inputs.query.element_size() + (inputs.index is not None))
         whole = tiles.gradient_rows
@@ -228,30 +206,14 @@ class Sweep:
         where = chunk.batch, chunk.row0, chunk.count, self.sq, self.sk, self.padded, chunk.row_tiles, spans
         scales = inputs.scale * LOG2E, inputs.index_scale * LOG2E
         shape = {"KV": self.kv, "G": self.h // self.kv, "SPAN": tiles.span, "BAND": tiles.band}
-        if self.hopper:
-            order, counts = chunk.chosen.listed() if chunk.chosen else (None, None)
-            kd_sweep_hopper.sweep_hopper[(chunk.row_tiles * spans,)](
-                *self._hopper_operands(), index_lse, *ranges, chunk.mask, order, counts, self.scratch,
-                product, *where, *scales,
-                D=self.d, BM=tiles.rows, BN=HOPPER_KEYS, SELECTED=chunk.chosen is not None,
-                GRADIENT=self.gradient, STAGES=HOPPER_STAGES, num_warps=8, **shape,
-            )  # fmt: skip
-        else:
-            limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
-            kd_sweep.sweep[(chunk.row_tiles * spans,)](
-                self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, *ranges, chunk.mask, chunk.flags,
-                self.scratch, product, *where, *scales,
-                HEAD=self.d, PAIR=tiles.pair, SELECTED=chunk.chosen is not None, GRADIENT=self.gradient,
-                STAGES=tiles.stages, num_warps=tiles.warps, **shape, **self.tile, **limit,
-            )  # fmt: skip
+        limit = {} if tiles.registers is None else {"maxnreg": tiles.registers}
+        kd_sweep.sweep[(chunk.row_tiles * spans,)](
+            self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, *ranges, chunk.mask, chunk.flags,
+            self.scratch, product, *where, *scales,
+            HEAD=self.d, PAIR=tiles.pair, SELECTED=chunk.chosen is not None, GRADIENT=self.gradient,
+            STAGES=tiles.stages, num_warps=tiles.warps, **shape, **self.tile, **limit,
+        )  # fmt: skip
         torch.sum(product, 0, out=out)
-
-    def _hopper_operands(self) -> tuple:
-        """Q, K, LSE, QI, KI of `sweep_hopper`."""
-        inputs, rows, d = self.inputs, self.tiles.rows, self.d
-        q, q_idx = (_shared(x, rows, d) for x in (inputs.query, inputs.q_idx))
-        k, k_idx = (_shared(x, HOPPER_KEYS, d) for x in (inputs.key, inputs.k_idx))
-        return q, k, inputs.lse, q_idx, k_idx
 
     def _query_gradient(self, chunk: _Chunk, dq: Tensor) -> None:
         """Write dq `[count, di]` from the scratch."""

@@ -25,14 +25,6 @@ class Selected:
     mask: Tensor
     flags: Tensor
 
-    def listed(self) -> tuple[Tensor, Tensor]:
-        """int32: `[t n + 2]` each row tile's flagged key tiles, ascending, then the others; `[t]` how many.
-
-        Two more elements, for a reader that looks ahead.
-        """
-        order = self.flags.sort(dim=1, descending=True, stable=True).indices.int()
-        return torch.nn.functional.pad(order.flatten(), (0, 2)), self.flags.sum(1, dtype=torch.int32)
-
 
 @triton.jit
 def _mark(INDEX, MASK, FLAGS, k, padded, width, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr):

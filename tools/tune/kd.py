@@ -20,16 +20,15 @@ class DistillationCase:
     """See `tune.Case`."""
 
     candidates: ClassVar = {
-        "portable, 64 x 128": Tiles(registers=168),
-        "portable, two key tiles": Tiles(pair=True),
-        "hopper, 64 x 256": Tiles(hopper=True, registers=168),
-        "hopper, span 2048": Tiles(hopper=True, span=2048),
-        "hopper, band 16": Tiles(hopper=True, band=16),
-        "hopper, band 64": Tiles(hopper=True, band=64),
-        "hopper, dq spans of 8192": Tiles(hopper=True, gradient_span=8192),
-        "hopper, dq 2 stages": Tiles(hopper=True, gradient_stages=2),
-        "hopper, dq rows 128": Tiles(hopper=True, gradient_rows=128),
-        "hopper, dq 128, 2 stages": Tiles(hopper=True, gradient_rows=128, gradient_stages=2),
+        "64 x 128": Tiles(registers=168),
+        "two key tiles": Tiles(pair=True),
+        "span 2048": Tiles(span=2048, registers=168),
+        "band 16": Tiles(band=16, registers=168),
+        "band 64": Tiles(band=64, registers=168),
+        "dq spans of 8192": Tiles(gradient_span=8192, registers=168),
+        "dq 2 stages": Tiles(gradient_stages=2, registers=168),
+        "dq rows 128": Tiles(gradient_rows=128, registers=168),
+        "dq 128, 2 stages": Tiles(gradient_rows=128, gradient_stages=2, registers=168),
     }
 
     def __init__(self, length: int, device: torch.device):
