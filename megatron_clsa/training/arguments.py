@@ -18,6 +18,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.errors import UserError
+from megatron_clsa.estimate.speed import Machine
 from megatron_clsa.training.foreign_flags import refuse_foreign_flags
 from megatron_clsa.training.guards import POLICIES, GuardSettings
 from megatron_clsa.training.launch import FLAG
@@ -148,9 +149,10 @@ def _add_run_group(parser: argparse.ArgumentParser):
     group.add_argument(
         "--assumed-efficiency",
         type=_positive(float),
-        default=0.5,
+        default=Machine.efficiency,
         metavar="X",
-        help="--dry-run: share of the peak that kernels reach while they run. Default: 0.5.",
+        help="--dry-run: share of the peak that a step reaches, sparse attention aside. "
+        f"Default: {Machine.efficiency}, measured.",
     )
     group.add_argument(
         "--hang-timeout",

@@ -65,7 +65,8 @@ def _print_head(shape: RunShape, machine: Machine) -> None:
         if part.total:
             print(f"  {name:<24}{part.total:>20,}")
     print(
-        f"assumed: {machine.peak_tflops:.0f} TFLOP/s a GPU of which kernels reach {machine.efficiency:.0%}; "
+        f"assumed: {machine.peak_tflops:.0f} TFLOP/s a GPU of which a step reaches {machine.efficiency:.0%}, "
+        "sparse attention of a random index aside; "
         f"{machine.inside / 1e9:.0f} GB/s inside {machine.gpus_per_node} GPUs, "
         f"{machine.between / 1e9:.0f} GB/s beyond; no overlap; {shape.backend} layers"
     )
