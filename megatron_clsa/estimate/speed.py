@@ -17,10 +17,10 @@ from megatron_clsa.estimate.shape import RunShape
 # Dense 16-bit matrix products, TFLOP/s, of the vendors' data sheets.
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2500}
 
-# Nanoseconds of one key of a tile of TILE_ROWS rows x 128 dims, forward and backward, on one H200: those of
+# Nanoseconds of one key of a tile of TILE_ROWS rows x 128 dims, forward and backward, on one H100: those of
 # kernels/sparse_choice.py, which is not imported, as it needs Triton.
-UNION_NS, MASKED_NS, TILE_ROWS = 0.57, 0.31, 64
-RATES_TFLOPS = PEAK_TFLOPS["H200"]
+UNION_NS, MASKED_NS, TILE_ROWS = 0.63, 0.30, 64
+RATES_TFLOPS = PEAK_TFLOPS["H100"]
 
 
 @dataclass(frozen=True)
