@@ -69,6 +69,14 @@ def finetune(args) -> None:
     if trainer.is_world_process_zero():
         history = [line for line in trainer.state.log_history if "loss" in line]
         (args.out / "training_log.json").write_text(json.dumps(history, indent=1) + "\n")
+    _part_ranks()
+
+
+def _part_ranks() -> None:
+    """Leave together and in order: gloo's threads abort a rank that ends while another still needs it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _make(out: Path) -> None:
