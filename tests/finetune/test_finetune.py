@@ -96,6 +96,7 @@ def test_the_indexer_learns_by_default_and_stays_without_its_loss(two_ranks, mod
     assert torch.equal(start, frozen) and not torch.equal(start, tuned)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAVE_DEEPSPEED, reason="needs DeepSpeed (pip install deepspeed)")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_takes_the_same_steps(two_ranks, model, data, tmp_path, stage):
