@@ -32,7 +32,6 @@ class Tiles:
 
     rows: int = 64
     keys: int = 128
-    pair: bool = False
     span: int = 1024
     gradient_rows: int = 64
     gradient_span: int = 4096
@@ -121,8 +120,7 @@ class Sweep:
         self.sk, self.kv = inputs.key.shape[1:3]
         self.di = inputs.q_idx.shape[-1]
         self.wide = max(16, triton.next_power_of_2(self.di))
-        self.step = tiles.keys * (2 if tiles.pair else 1)
-        self.padded = (self.sk // self.step + 1) * self.step
+        self.padded = (self.sk // tiles.keys + 1) * tiles.keys
         row_bytes = self.padded * (inputs.query.element_size() + (inputs.index is not None))
         whole = tiles.gradient_rows
         fitting = max(1, SCRATCH_BYTES // row_bytes // whole) * whole
@@ -145,7 +143,7 @@ class Sweep:
         self.tile = {"BM": rows, "BN": keys, "D": self.wide, "PRECISION": "ieee" if exact else "tf32"}
         self.product_options = {"DI": self.di, "STAGES": 1 if exact else self.tiles.gradient_stages}
         self.two_programs = {"maxnreg": 128} if self.wide <= 128 and inputs.query.is_cuda else {}
-        self.skips = {"STEP": self.step, "SELECTED": inputs.index is not None}
+        self.skips = {"SELECTED": inputs.index is not None}
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """ce `[b, sq]`, dq `[b, sq, di]` unweighted, dk `[b, sk, di]` weighted, all fp32."""
@@ -175,7 +173,7 @@ class Sweep:
                     index = self.inputs.index[batch, row0 : row0 + count]
                     whole = self.tiles.gradient_rows
                     padded_rows = triton.cdiv(count, whole) * whole
-                    chosen = mark_selected(index, padded_rows, self.padded, self.tiles.rows, self.step)
+                    chosen = mark_selected(index, padded_rows, self.padded, self.tiles.rows, self.tiles.keys)
                 low, high = self.low[batch, first:], self.high[batch, first:]
                 yield _Chunk(batch, row0, count, row_tiles, low, high, chosen)
 
@@ -210,8 +208,8 @@ class Sweep:
         kd_sweep.sweep[(chunk.row_tiles * spans,)](
             self.q, self.k, inputs.lse, self.qi, self.ki, index_lse, *ranges, chunk.mask, chunk.flags,
             self.scratch, product, *where, *scales,
-            HEAD=self.d, PAIR=tiles.pair, SELECTED=chunk.chosen is not None, GRADIENT=self.gradient,
-            STAGES=tiles.stages, num_warps=tiles.warps, **shape, **self.tile, **limit,
+            HEAD=self.d, GRADIENT=self.gradient, STAGES=tiles.stages, num_warps=tiles.warps,
+            **shape, **self.tile, **self.skips, **limit,
         )  # fmt: skip
         torch.sum(product, 0, out=out)
 

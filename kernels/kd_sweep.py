@@ -28,11 +28,11 @@ def _visible(MASK, start, end, local, j, padded, SELECTED: tl.constexpr):
 
 
 @triton.jit
-def _holds_any(FLAGS, tile, s, inside, padded, STEP: tl.constexpr, SELECTED: tl.constexpr):
-    """Whether the tile at key `s` holds a selected key; FLAGS `[row tiles, padded / STEP]`."""
+def _holds_any(FLAGS, tile, s, inside, padded, BN: tl.constexpr, SELECTED: tl.constexpr):
+    """Whether the tile at key `s` holds a selected key; FLAGS `[row tiles, padded / BN]`."""
     flag = inside
     if SELECTED:
-        flag = tl.load(FLAGS + tile * (padded // STEP) + s // STEP, mask=inside, other=0) != 0
+        flag = tl.load(FLAGS + tile * (padded // BN) + s // BN, mask=inside, other=0) != 0
     return flag
 
 
@@ -55,8 +55,8 @@ def _rows(START, END, batch, row, inside, sq, sk):
 @triton.jit
 def index_lse(
     QI, KI, START, END, LOW, HIGH, MASK, FLAGS, LSE, batch, row0, chunk, sq, sk, padded, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
-    ROWS: tl.constexpr, SELECTED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+    SELECTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2 of the sum of exp2(I) over one span of keys: LSE `[spans, chunk]`, -inf where none is visible."""
     tile, span = tl.program_id(0), tl.program_id(1)
@@ -68,7 +68,7 @@ def index_lse(
     q = QI.load([batch * sq + row0 + tile * BM, 0])
     most, total = tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
     for s in tl.range(low // BN * BN, high, BN):
-        if tl.max(_holds_any(FLAGS, part, s, part * ROWS < chunk, padded, STEP, SELECTED).to(tl.int32)) != 0:
+        if tl.max(_holds_any(FLAGS, part, s, part * ROWS < chunk, padded, BN, SELECTED).to(tl.int32)) != 0:
             j = s + tl.arange(0, BN)
             x = tl.dot(q, KI.load([batch * sk + s, 0]).T, input_precision=PRECISION) * scale
             x = tl.where(_visible(MASK, start, end, local, j, padded, SELECTED), x, -1e30)
@@ -94,28 +94,21 @@ def join_spans(PARTS, OUT, chunk, spans, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _attention_tiles(
+def _attention_tile(
     Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale,
     KV: tl.constexpr, G: tl.constexpr, HEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PAIR: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`[m, n]` sum of all heads' probabilities, not masked, of one key tile or (PAIR) of two neighbours.
-
-    With two tiles, one's scores live in registers at a time: a query tile is loaded for twice the keys.
-    """
-    total, other = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    """`[m, n]` sum of all heads' probabilities, not masked."""
+    total = tl.zeros([BM, BN], tl.float32)
     for g in range(KV):
         k = K.load([k_row, g * HEAD])
-        if PAIR:
-            next_k = K.load([k_row + BN, g * HEAD])
         for i in tl.range(G, num_stages=STAGES):
             h = g * G + i
             lse = tl.load(LSE + lse_row + h.to(tl.int64) * sq, mask=inside, other=float("inf"))
             q = Q.load([q_row, h * HEAD])
             total += tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None])
-            if PAIR:
-                other += tl.exp2(tl.dot(q, next_k.T, input_precision=PRECISION) * scale - lse[:, None])
-    return total, other
+    return total
 
 
 @triton.jit
@@ -142,7 +135,7 @@ def sweep(
     Q, K, LSE, QI, KI, INDEX_LSE, START, END, LOW, HIGH, MASK, FLAGS, SCRATCH, PRODUCT,
     batch, row0, chunk, sq, sk, padded, tiles, spans, scale, index_scale,
     KV: tl.constexpr, G: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PAIR: tl.constexpr, SPAN: tl.constexpr, BAND: tl.constexpr, SELECTED: tl.constexpr,
+    BN: tl.constexpr, SPAN: tl.constexpr, BAND: tl.constexpr, SELECTED: tl.constexpr,
     GRADIENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row tile x one span: d to SCRATCH `[chunk, padded]`, the sum of A I to PRODUCT `[spans, chunk]`.
@@ -167,24 +160,17 @@ def sweep(
     lse_row = batch.to(tl.int64) * (KV * G) * sq + row0 + local
     index_lse = tl.load(INDEX_LSE + local, mask=inside, other=float("inf"))
     product = tl.zeros([BM], tl.float32)
-    STEP: tl.constexpr = 2 * BN if PAIR else BN
-    for s in tl.range(low // STEP * STEP, high, STEP, num_stages=1):
-        if _holds_any(FLAGS, tile, s, True, padded, STEP, SELECTED):
+    for s in tl.range(low // BN * BN, high, BN, num_stages=1):
+        if _holds_any(FLAGS, tile, s, True, padded, BN, SELECTED):
             k_row = batch * sk + s
-            total, other = _attention_tiles(
-                Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale,
-                KV, G, HEAD, BM, BN, PAIR, STAGES, PRECISION,
-            )  # fmt: skip
+            total = _attention_tile(
+                Q, K, LSE, q_row, k_row, lse_row, inside, sq, scale, KV, G, HEAD, BM, BN, STAGES, PRECISION
+            )
             q_idx = QI.load([q_row, 0])
             product += _finish_tile(
                 total, q_idx, KI, k_row, s, MASK, SCRATCH, start, end, local, index_lse, padded, index_scale,
                 KV * G, BN, SELECTED, GRADIENT, PRECISION,
             )  # fmt: skip
-            if PAIR:
-                product += _finish_tile(
-                    other, q_idx, KI, k_row + BN, s + BN, MASK, SCRATCH, start, end, local, index_lse, padded,
-                    index_scale, KV * G, BN, SELECTED, GRADIENT, PRECISION,
-                )  # fmt: skip
     tl.store(PRODUCT + tl.cast(span, tl.int64) * chunk + local, product, mask=inside)
 
 
@@ -192,8 +178,7 @@ def sweep(
 def query_gradient(
     SCRATCH, KI, LOW, HIGH, FLAGS, DQ, batch, chunk, sk, padded,
     DI: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
-    STEP: tl.constexpr, ROWS: tl.constexpr, SELECTED: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SELECTED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ `[spans, chunk, di]`: d k_idx over one span of keys."""
     tile, span = tl.program_id(0), tl.program_id(1)
@@ -202,14 +187,14 @@ def query_gradient(
     _, lows, highs = _parts(LOW, HIGH, tile, chunk, sk, BM, ROWS)
     low, high = tl.maximum(tl.min(lows), span * SPAN), tl.minimum(tl.max(highs), (span + 1) * SPAN)
     part = local // ROWS
-    row_low = tl.load(LOW + part, mask=local < chunk, other=sk) // STEP * STEP
+    row_low = tl.load(LOW + part, mask=local < chunk, other=sk) // BN * BN
     row_high = tl.load(HIGH + part, mask=local < chunk, other=0)
     dq = tl.zeros([BM, D], tl.float32)
     for s in tl.range(low // BN * BN, high, BN, num_stages=STAGES):
         source = SCRATCH + local.to(tl.int64)[:, None] * padded + s + tl.arange(0, BN)[None, :]
         if SELECTED or BM > ROWS:  # what the sweep passed over is not written
             made = (s >= row_low) & (s < row_high)
-            made = _holds_any(FLAGS, part, s, made, padded, STEP, SELECTED)
+            made = _holds_any(FLAGS, part, s, made, padded, BN, SELECTED)
             d = tl.load(source, mask=tl.broadcast_to(made[:, None], (BM, BN)), other=0.0)
         else:
             d = tl.load(source)
@@ -223,7 +208,7 @@ def query_gradient(
 def key_gradient(
     SCRATCH, QW, LOW, HIGH, FLAGS, DK, batch, row0, sq, sk, padded, tiles,
     DI: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
-    STEP: tl.constexpr, SELECTED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SELECTED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DK `[sk, di]` fp32 of one key tile += d^T q over the row tiles that see it; q already weighted."""
     s = tl.program_id(0) * BN
@@ -242,7 +227,7 @@ def key_gradient(
         dk = tl.load(at, mask=keep, other=0.0)
         for tile in tl.range(first, last + 1, num_stages=STAGES):
             seen = (tl.load(LOW + tile) // BN * BN < s + BN) & (tl.load(HIGH + tile) > s)
-            seen = _holds_any(FLAGS, tile, s, seen, padded, STEP, SELECTED)
+            seen = _holds_any(FLAGS, tile, s, seen, padded, BN, SELECTED)
             local = tile * BM + tl.arange(0, BM)
             source = SCRATCH + local.to(tl.int64)[:, None] * padded + j[None, :]
             d = tl.load(source, mask=tl.broadcast_to(seen, (BM, BN)), other=0.0)

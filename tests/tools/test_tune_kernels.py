@@ -16,7 +16,7 @@ def run(*arguments):
 def test_an_unknown_candidate_is_refused_in_one_line():
     result = run("kd", "--only", "nonsense")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --only nonsense") and "two key tiles" in result.stderr
+    assert result.stderr.startswith("error: --only nonsense") and "band 16" in result.stderr
 
 
 def test_a_candidate_that_fails_is_named():

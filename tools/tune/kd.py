@@ -21,7 +21,6 @@ class DistillationCase:
 
     candidates: ClassVar = {
         "64 x 128": Tiles(registers=168),
-        "two key tiles": Tiles(pair=True),
         "span 2048": Tiles(span=2048, registers=168),
         "band 16": Tiles(band=16, registers=168),
         "band 64": Tiles(band=64, registers=168),
