@@ -4,14 +4,18 @@ Owns launches, the operator's registration (fake tensors, autograd) and the shap
 `reference.attention` with an index. Axes: b batch, sq queries, sk keys, h query heads, g KV heads, d dim.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
+import triton.experimental.gluon.language as gl
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from megatron_clsa.kernels.plan import BLOCK, KeyGradientChunk, UnionPlan
 from megatron_clsa.kernels.union_backward import row_products, sum_rows, union_backward
+from megatron_clsa.kernels.union_backward_hopper import union_backward_hopper
 from megatron_clsa.kernels.union_forward import union_forward
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -30,7 +34,8 @@ class Launch:
 # For 64 rows of at most 128 dims; what is larger takes 8 warps and fewer loads in flight.
 FORWARD = Launch(4, 3)
 WALK = Launch(4, 1)
-SUM_BLOCK, SUM_WARPS = 8, 1  # rows that a program of `sum_rows` reads at once, and its warps
+SUM_BLOCK, SUM_WARPS = 4, 2  # rows that a program of `sum_rows` reads at once, and its warps
+_SUM_WIDTH = 1024  # elements of a row that it reads: dK and dV of several heads lie side by side
 
 
 def supported(query: Tensor, key: Tensor) -> bool:
@@ -80,6 +85,32 @@ def _constants(query: Tensor, key: Tensor, queries: int) -> dict:
         "BLOCK": BLOCK,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
+
+
+def _on_hopper(*tensors: Tensor, rows: int) -> bool:
+    """Whether the walk for Hopper takes these tensors: half precision, 64 rows, copies of 16 bytes."""
+    first = tensors[0]
+    return (
+        first.is_cuda
+        and torch.cuda.get_device_capability(first.device)[0] == 9
+        and first.dtype in (torch.bfloat16, torch.float16)
+        and first.shape[3] in (64, 128)
+        and rows == 64
+        and all(x.data_ptr() % 16 == 0 and not any(n % 16 for n in x.stride()[:3]) for x in tensors)
+    )
+
+
+def _descriptor(scratch: Tensor) -> TensorDescriptor:
+    """Gradient rows `[p, g, 2, d]` for the bulk copy engine, in blocks of `[BLOCK, d]`."""
+    rows, block = scratch.flatten(1), [BLOCK, scratch.shape[3]]
+    element = gl.bfloat16 if scratch.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, element)
+    return TensorDescriptor.from_tensor(rows, block, layout)
+
+
+def _gluon(constants: dict) -> dict:
+    """Without what only fp32 products need."""
+    return {name: constant for name, constant in constants.items() if name != "PRECISION"}
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -159,15 +190,22 @@ def _attend_backward(
     widest = max(chunk.rows[1] - chunk.rows[0] for chunk in chunks)
     scratch = torch.empty(widest, g, 2, d, dtype=query.dtype, device=query.device)
     launch = WALK if constants["R"] * constants["D"] <= 64 * 128 else Launch(8, 1)
+    together = math.gcd(g, max(1, _SUM_WIDTH // (2 * d)))  # powers of two: the dims are
+    hopper = _on_hopper(query, key, value, dout, rows=constants["R"])
     for chunk in chunks:
         (t0, t1), (p0, _) = chunk.tiles, chunk.rows
-        union_backward[(t1 - t0, g)](
-            query, key, value, dout, keys, members, offsets, lse, delta, dquery, scratch, scale, t1, p0,
-            triton.cdiv(sq, queries), sq, *_strides(query, key, value, dout),
-            STAGES=launch.stages, num_warps=launch.warps, **constants,
-        )  # fmt: skip
-        sum_rows[(b * sk, g)](
-            scratch, chunk.key_offsets, chunk.entries, total, WIDTH=2 * d, BLOCK=SUM_BLOCK,
+        walked = (query, key, value, dout, keys, members, offsets, lse, delta, dquery)
+        where = (scale, t1, p0, triton.cdiv(sq, queries), sq, *_strides(query, key, value, dout))
+        if hopper:
+            union_backward_hopper[(t1 - t0, g)](
+                *walked, _descriptor(scratch), *where, num_warps=4, **_gluon(constants)
+            )
+        else:
+            union_backward[(t1 - t0, g)](
+                *walked, scratch, *where, STAGES=launch.stages, num_warps=launch.warps, **constants
+            )
+        sum_rows[(b * sk, g // together)](
+            scratch, chunk.key_offsets, chunk.entries, total, WIDTH=together * 2 * d, BLOCK=SUM_BLOCK,
             num_warps=SUM_WARPS,
         )  # fmt: skip
     dkey, dvalue = (part.to(key.dtype, copy=True) for part in total.unbind(3))

@@ -2,7 +2,7 @@
 
 Owns three kernels. `row_products` prepares; `union_backward` walks a tile's union once more (five products a
 block), keeps dQ in registers and writes the tile's dK and dV rows in plan order; `sum_rows` adds each key's
-rows in that order, in fp32: the same bits in every run.
+rows in that order, in fp32: the same bits in every run. On Hopper `union_backward_hopper.py` walks instead.
 Axes: b batch, h heads, R rows of a tile, n keys of a block, d head dim, p plan rows.
 """
 
@@ -73,16 +73,16 @@ def row_products(
 
 @triton.jit
 def sum_rows(ROWS, KEY_OFFSETS, ENTRIES, SUM, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """`SUM [b * sk, g, 2 d] += ` the key's rows of `ROWS [p, g, 2 d]`, in the order of its entries."""
-    key, kvh = tl.program_id(0), tl.program_id(1)
-    groups = tl.num_programs(1)
+    """`SUM [b * sk, parts, WIDTH] += ` the key's rows of `ROWS [p, parts, WIDTH]`, in its entries' order."""
+    key, part = tl.program_id(0), tl.program_id(1)
+    parts = tl.num_programs(1)
     first, last = tl.load(KEY_OFFSETS + key), tl.load(KEY_OFFSETS + key + 1)
     if first < last:
         w, n = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
         acc = tl.zeros([WIDTH], tl.float32)
         for e in tl.range(first, last, BLOCK):
             row = tl.load(ENTRIES + e + n, mask=e + n < last, other=0).to(tl.int64)
-            at = ROWS + (row * groups + kvh)[:, None] * WIDTH + w[None, :]
+            at = ROWS + (row * parts + part)[:, None] * WIDTH + w[None, :]
             acc += tl.sum(tl.load(at, mask=(e + n < last)[:, None], other=0.0).to(tl.float32), 0)
-        to = SUM + (key.to(tl.int64) * groups + kvh) * WIDTH + w
+        to = SUM + (key.to(tl.int64) * parts + part) * WIDTH + w
         tl.store(to, tl.load(to) + acc)

@@ -38,9 +38,9 @@ UNION = {
     "union_forward": [{}, {"FORWARD": Launch(4, 4)}],
     "union_backward": [
         {},
-        {"WALK": Launch(4, 2)},
-        {"SUM_BLOCK": 4, "SUM_WARPS": 1},
-        {"SUM_BLOCK": 16, "SUM_WARPS": 1},
+        {"_on_hopper": lambda *tensors, rows: False},
+        {"SUM_BLOCK": 2, "SUM_WARPS": 1},
+        {"SUM_BLOCK": 8, "SUM_WARPS": 4},
     ],
 }
 STAY = {name.strip("_") or "overlapping": stay for name, stay in KINDS.items()}

@@ -254,3 +254,24 @@ def test_the_operator_follows_torch_librarys_rules(kernel):
     arguments = (case.query, case.key, case.value, *operator._flat(plan), case.scale)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operator._attend, arguments, test_utils=tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 8, 16, 32])
+def test_both_walks_give_the_same_bits(group, d, dtype, monkeypatch):
+    """The Hopper version and the one for other chips, on packed rows of a batch, in several chunks."""
+    case = make_case(
+        b=2, sq=900, h=2 * group, g=2, d=d, rows=packed_rows(2, 900, [1, 690, 130], DEVICE), device=DEVICE
+    )
+    index, queries = random_index(case.rows, 900, 200), queries_of_tile(group, 64)
+    monkeypatch.setattr(plans, "CHUNK_ROWS", 4096)
+    taken = []
+    chosen = union._on_hopper
+    monkeypatch.setattr(union, "_on_hopper", lambda *x, **kw: taken.append(chosen(*x, **kw)) or taken[-1])
+    hopper = _run("union", case, index, queries, dtype)
+    assert taken == [queries * group > 32]  # 64 rows
+    monkeypatch.setattr(union, "_on_hopper", lambda *tensors, rows: False)
+    for a, b in zip(hopper, _run("union", case, index, queries, dtype), strict=True):
+        assert torch.equal(a, b)
