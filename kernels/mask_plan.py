@@ -27,7 +27,7 @@ class LiveBlocks:
 
     Attributes:
         offsets: `[n + 1]` int64: where each tile's part of `entries` begins.
-        entries: int32, numbers of blocks within the tile's sequence.
+        entries: int32, numbers of blocks within the tile's sequence; what lies past the last offset is not read.
         order: `[n]` int32, tiles from the one with most blocks to the one with fewest.
     """
 
@@ -55,7 +55,7 @@ class MaskPlan:
     @property
     def live_blocks(self) -> int:
         """What attention over this plan costs, in blocks of one query tile and `KEY_BLOCK` keys a KV head."""
-        return self.key_blocks.entries.numel()
+        return int(self.key_blocks.offsets[-1])
 
 
 def mask_queries(group_size: int) -> int:
@@ -105,8 +105,13 @@ def _find_live(WORDS, LIVE, blocks, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
 
 
 def _listed(live: Tensor) -> LiveBlocks:
-    """The true columns of each row of `live [n, blocks]`."""
+    """The true columns of each row of `live [n, blocks]`, found without waiting for the GPU."""
     counts = live.sum(1)
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     order = torch.argsort(counts, descending=True, stable=True).int()
-    return LiveBlocks(offsets, live.nonzero()[:, 1].int(), order)
+    n, blocks = live.shape
+    place = torch.where(live, live.cumsum(1) - 1 + offsets[:-1, None], n * blocks)
+    columns = torch.arange(blocks, dtype=torch.int32, device=live.device).expand(n, blocks)
+    room = torch.empty(n * blocks + 1, dtype=torch.int32, device=live.device)  # the last takes what is not live
+    entries = room.scatter_(0, place.flatten(), columns.flatten())[:-1]
+    return LiveBlocks(offsets, entries, order)

@@ -7,6 +7,7 @@ either plan is built. Axes: b batch, sq queries, k selected, t tiles.
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import triton
 from torch import Tensor
 
@@ -89,6 +90,6 @@ def sampled_sizes(index: Tensor, rows: RowRange, num_keys: int, group_size: int)
     words, _ = member_words(index.contiguous(), rows, num_keys, queries, which, padded_keys(num_keys))
     first = words & (-1 if of_union == 32 else (1 << of_union) - 1)  # a union tile, at the masked one's head
     union = ((first != 0).sum(1) + BLOCK - 1) // BLOCK * BLOCK
-    live = live_key_blocks(words).sum()
-    union, live = (x.item() / len(which) for x in (union.sum(), live))
+    both = torch.stack([union.sum(), live_key_blocks(words).sum()]).tolist()  # one wait for the GPU
+    union, live = (size / len(which) for size in both)
     return PlanSizes(union * b * triton.cdiv(sq, of_union), live * tiles)
