@@ -28,6 +28,7 @@ LAYOUTS = {
     "tp2": (2, ["--tensor-model-parallel-size=2"]),
     "cp2": (2, ["--context-parallel-size=2"]),
     "dp4": (4, []),
+    "dp2_overlap": (2, ["--overlap-grad-reduce", "--overlap-param-gather"]),  # with frozen weights in warm-up
     "pp2_vpp2": (2, ["--pipeline-model-parallel-size=2", "--num-virtual-stages-per-pipeline-rank=2"]),
     "tp2_pp2": (4, ["--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2"]),
 }
@@ -81,7 +82,7 @@ def test_a_phase_starts_with_no_model_or_optimizer_of_the_phases_before(tmp_path
     assert [line for line in result.stdout.splitlines() if line.startswith("alive")] == ["alive 0"] * 3
 
 
-@pytest.mark.parametrize("layout", ["tp2", "cp2", "pp2_vpp2"])
+@pytest.mark.parametrize("layout", ["tp2", "cp2", "pp2_vpp2", "dp2_overlap"])
 def test_twenty_steps_log_the_same_losses_at_any_layout(whole_run, layout):
     expected, actual = (_losses(whole_run(name)) for name in ("single", layout))
     assert len(actual) == 20
