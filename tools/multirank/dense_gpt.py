@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import lru_cache, partial
 
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,7 +24,7 @@ from megatron_clsa.kernels.rows import RowRange
 from megatron_clsa.model.layer_specs import local_spec
 from megatron_clsa.model.norm import RMSNorm
 from megatron_clsa.parallel.context import gather_sequence, local_positions
-from multirank.layouts import Case, Layout, make_config
+from multirank.layouts import Case, Layout, ddp_config, hold_sync, make_config
 
 
 def peer_name(impl: str) -> str:
@@ -88,7 +88,7 @@ def _layers(config: TransformerConfig, clsa_config, impl: str, vp_stage):
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def build_gpt(layout: Layout, case: Case) -> list:
+def build_gpt(layout: Layout, case: Case, overlap: bool = False) -> list:
     """Model chunks of this rank, wrapped in DDP with the distributed optimizer's buffers."""
     config, work = _config(layout, case), case.work
 
@@ -110,10 +110,12 @@ def build_gpt(layout: Layout, case: Case) -> list:
         one_stage,
         config,
         ProcessGroupCollection.use_mpu_process_groups(),
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        ddp_config(True, overlap),
         mixed_precision_wrapper=Float16Module if config.bf16 else None,
     )
     config.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        hold_sync(config, models)
     return models
 
 

@@ -120,8 +120,8 @@ def make_config(layout: Layout, case: Case, dtype: torch.dtype | None = None) ->
     return CLSAConfig(**(fields | layout.config | case.overrides))
 
 
-def build(layout: Layout, case: Case, distributed_optimizer: bool = False):
-    """Model chunks of this rank, wrapped in DDP."""
+def build(layout: Layout, case: Case, distributed_optimizer: bool = False, overlap: bool = False):
+    """Model chunks of this rank, wrapped in DDP; `overlap`: of its exchange with compute."""
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             layout.tp,
@@ -138,16 +138,31 @@ def build(layout: Layout, case: Case, distributed_optimizer: bool = False):
         seq_length=case.work.seq,
         transformer_impl=case.work.impl,
     )
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=True
-    )
+    ddp = ddp_config(distributed_optimizer, overlap)
     models = CLSAModelBuilder(settings).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=ddp,
         mixed_precision_wrapper=Float16Module if config.bf16 else None,
     )
     config.finalize_model_grads_func = finalize_model_grads
+    if overlap:
+        hold_sync(config, models)
     return models
+
+
+def ddp_config(distributed_optimizer: bool, overlap: bool) -> DistributedDataParallelConfig:
+    """`overlap`: as the flags --overlap-grad-reduce and --overlap-param-gather."""
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+
+
+def hold_sync(config, models) -> None:
+    """Let the schedule reduce gradients in the last microbatch alone, as Megatron's training loop does."""
+    config.no_sync_func = [model.no_sync for model in models] if len(models) > 1 else models[0].no_sync
 
 
 def metadata() -> dict:
