@@ -29,8 +29,8 @@ class Machine:
 
     Attributes:
         peak_tflops: of one GPU.
-        efficiency: share of it that a step reaches, sparse attention aside. Measured: strong_single_8k_ms of
-            docs/results/parallel.json, 4 layers of the 4B on one H200.
+        efficiency: share of it that a step reaches, sparse attention aside. Fitted to a step of 465 ms: 4
+            layers of the 4B, 8 x 8192 tokens on one H200 (docs/parallel.md; a slower host took 527).
         inside, between: bytes/s a GPU receives inside a node and between nodes.
         gpus_per_node: ranks that share the fast link; TP varies fastest over ranks, then CP, DP, PP.
     """
