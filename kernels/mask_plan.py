@@ -27,7 +27,7 @@ class LiveBlocks:
 
     Attributes:
         offsets: `[n + 1]` int64: where each tile's part of `entries` begins.
-        entries: int32, numbers of blocks within the tile's sequence; what lies past the last offset is not read.
+        entries: int32, numbers of blocks within the tile's sequence; not read past the last offset.
         order: `[n]` int32, tiles from the one with most blocks to the one with fewest.
     """
 
@@ -112,6 +112,6 @@ def _listed(live: Tensor) -> LiveBlocks:
     n, blocks = live.shape
     place = torch.where(live, live.cumsum(1) - 1 + offsets[:-1, None], n * blocks)
     columns = torch.arange(blocks, dtype=torch.int32, device=live.device).expand(n, blocks)
-    room = torch.empty(n * blocks + 1, dtype=torch.int32, device=live.device)  # the last takes what is not live
-    entries = room.scatter_(0, place.flatten(), columns.flatten())[:-1]
-    return LiveBlocks(offsets, entries, order)
+    entries = torch.empty(n * blocks + 1, dtype=torch.int32, device=live.device)
+    entries.scatter_(0, place.flatten(), columns.flatten())  # the last place takes what is not live
+    return LiveBlocks(offsets, entries[:-1], order)

@@ -8,7 +8,14 @@ Axes: R rows of a tile (query T, head G), of which a program takes `ROWS`; n key
 import triton
 import triton.language as tl
 
-from megatron_clsa.kernels.union_forward import LOWEST, infinity_bits, lift, only_members
+from megatron_clsa.kernels.union_forward import (
+    LOWEST,
+    infinity_bits,
+    lift,
+    only_members,
+    softmax_step,
+    store_rows,
+)
 
 
 @triton.jit
@@ -67,16 +74,8 @@ def masked_forward(
         key = tl.load(block_rows(base_k, start, k_s, sk, n, d, WHOLE))
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         score = only_members(score, word[None, :], up[:, None], infinity)
-        above = tl.maximum(highest, tl.max(score, 1) * log2_scale)
-        weight = tl.exp2(score * log2_scale - above[:, None])
-        shrink = tl.exp2(highest - above)
-        total = total * shrink + tl.sum(weight, 1)
+        weight, highest, total, shrink = softmax_step(score, highest, total, log2_scale)
         value = tl.load(block_rows(base_v, start, v_s, sk, n, d, WHOLE))
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
-        highest = above
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    to = OUT + ((batch * sq + query) * heads + head)[:, None] * D + d[None, :]
-    tl.store(to, out.to(OUT.dtype.element_ty), mask=real[:, None])
-    lse = tl.where(total > 0, (highest + tl.log2(total)) * 0.6931471805599453, float("-inf"))
-    tl.store(LSE + (batch * heads + head) * sq + query, lse, mask=real)
+    store_rows(OUT, LSE, acc, highest, total, batch, query, head, heads, sq, real, D)

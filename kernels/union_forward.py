@@ -46,6 +46,25 @@ def tile_rows(tile, tiles, kvh, sq, G: tl.constexpr, T: tl.constexpr, R: tl.cons
     return place, batch, query, kvh * G + r % G, (place < T) & (query < sq)
 
 
+@triton.jit
+def softmax_step(score, highest, total, log2_scale):
+    """One step of the online softmax: weights, and the new maximum, sum, and factor of what was summed."""
+    above = tl.maximum(highest, tl.max(score, 1) * log2_scale)
+    weight = tl.exp2(score * log2_scale - above[:, None])
+    shrink = tl.exp2(highest - above)
+    return weight, above, total * shrink + tl.sum(weight, 1), shrink
+
+
+@triton.jit
+def store_rows(OUT, LSE, acc, highest, total, batch, query, head, heads, sq, real, D: tl.constexpr):
+    """Write `acc [R, D]` over its sum, and the LSE; rows without keys give 0 and -inf."""
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    to = OUT + ((batch * sq + query) * heads + head)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(to, out.to(OUT.dtype.element_ty), mask=real[:, None])
+    lse = tl.where(total > 0, (highest + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    tl.store(LSE + (batch * heads + head) * sq + query, lse, mask=real)
+
+
 @triton.jit(do_not_specialize=["tiles", "sq"])
 def union_forward(
     Q, K, V, KEYS, MEMBERS, OFFSETS, ORDER, OUT, LSE, scale, tiles, sq,
@@ -72,16 +91,8 @@ def union_forward(
         key = tl.load(base_k + (j * k_s)[:, None] + d[None, :])
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         score = tl.where((word[None, :] & bit[:, None]) != 0, score, float("-inf"))
-        above = tl.maximum(highest, tl.max(score, 1) * log2_scale)
-        weight = tl.exp2(score * log2_scale - above[:, None])
-        shrink = tl.exp2(highest - above)
-        total = total * shrink + tl.sum(weight, 1)
+        weight, highest, total, shrink = softmax_step(score, highest, total, log2_scale)
         value = tl.load(base_v + (j * v_s)[:, None] + d[None, :])
         acc = acc * shrink[:, None]
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
-        highest = above
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    to = OUT + ((batch * sq + query) * heads + head)[:, None] * D + d[None, :]
-    tl.store(to, out.to(OUT.dtype.element_ty), mask=real[:, None])
-    lse = tl.where(total > 0, (highest + tl.log2(total)) * 0.6931471805599453, float("-inf"))
-    tl.store(LSE + (batch * heads + head) * sq + query, lse, mask=real)
+    store_rows(OUT, LSE, acc, highest, total, batch, query, head, heads, sq, real, D)
