@@ -1,7 +1,7 @@
 """The command line: Megatron's own parser with the run's and CLSA's flags in front.
 
 Owns defaults and precedence (house defaults < platform < recipe < phase < command line). Checks of values
-against each other and against the machine are in validation.py.
+against each other and against the machine are in validation.py, ranges of numbers in ranges.py.
 """
 
 import argparse
@@ -108,19 +108,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def _positive(kind: type, or_zero: bool = False):
-    """A number that is above zero, for argparse."""
-
-    def parse(word: str):
-        value = kind(word)
-        if not (value > 0 or (or_zero and value == 0)):
-            raise argparse.ArgumentTypeError(f"{word}: give a positive number")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse: "invalid int value"
-    return parse
-
-
 def _add_run_group(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("run", "What to run and where its files go.")
     group.add_argument("--config", metavar="RECIPE", required=True, help="Recipe file (YAML).")
@@ -134,7 +121,7 @@ def _add_run_group(parser: argparse.ArgumentParser):
     group.add_argument(
         "--dry-run",
         nargs="?",
-        type=_positive(int),
+        type=int,
         const=0,
         metavar="RANKS",
         help="Print parameters, memory by rank, FLOPs, bytes over each link, predicted speed and days for "
@@ -142,13 +129,13 @@ def _add_run_group(parser: argparse.ArgumentParser):
     )
     group.add_argument(
         "--peak-tflops",
-        type=_positive(float),
+        type=float,
         metavar="X",
         help="16-bit TFLOP/s of one GPU, for MFU. Default: by the GPU's name; without one, an H100's 989.",
     )
     group.add_argument(
         "--assumed-efficiency",
-        type=_positive(float),
+        type=float,
         default=Machine.efficiency,
         metavar="X",
         help="--dry-run: share of the peak that a step reaches, sparse attention aside. "
@@ -156,7 +143,7 @@ def _add_run_group(parser: argparse.ArgumentParser):
     )
     group.add_argument(
         "--hang-timeout",
-        type=_positive(float, or_zero=True),
+        type=float,
         default=1800.0,
         metavar="SECONDS",
         help="End the run, naming the rank, if no step ends for so long; evaluations, saves and the first "
@@ -164,13 +151,13 @@ def _add_run_group(parser: argparse.ArgumentParser):
     )
     group.add_argument(
         "--keep-last",
-        type=_positive(int),
+        type=int,
         metavar="N",
         help="Delete checkpoints of a phase but its newest N. Default: keep all.",
     )
     group.add_argument(
         "--keep-every",
-        type=_positive(int),
+        type=int,
         metavar="STEPS",
         help="With --keep-last: also keep the checkpoints at multiples of STEPS.",
     )
@@ -197,12 +184,10 @@ def _add_guard_group(parser: argparse.ArgumentParser):
         default=defaults.on_spike,
         help="The same for a loss above --spike-factor x its recent mean. Default: warn.",
     )
-    group.add_argument(
-        "--spike-factor", type=_positive(float), default=defaults.spike_factor, help="Default: 2."
-    )
+    group.add_argument("--spike-factor", type=float, default=defaults.spike_factor, help="Default: 2.")
     group.add_argument(
         "--max-bad-steps",
-        type=_positive(int),
+        type=int,
         default=defaults.max_bad_steps,
         help="Skipped or rolled back steps of a phase after which the run stops. Default: 10.",
     )

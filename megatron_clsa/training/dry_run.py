@@ -8,7 +8,6 @@ from argparse import Namespace
 import torch
 
 from megatron_clsa.config import CLSAConfig
-from megatron_clsa.errors import UserError
 from megatron_clsa.estimate import flops, links, memory, parameters
 from megatron_clsa.estimate.shape import RunShape
 from megatron_clsa.estimate.speed import Machine, Prediction, peak_tflops_of, predict
@@ -18,8 +17,6 @@ from megatron_clsa.training.recipe import Recipe
 
 def dry_run(recipe: Recipe, command: Namespace, words: list[str]) -> int:
     """Print the plan of every chosen phase. Returns the exit code."""
-    if command.dry_run < 0:
-        raise UserError(f"--dry-run {command.dry_run}: give the number of GPUs")
     ranks = command.dry_run or int(command.nproc_per_node or 0) or None
     plan = make_plan(recipe, command, words, ranks)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_clsa.errors import UserError
-from megatron_clsa.training import validation
+from megatron_clsa.training import ranges, validation
 from megatron_clsa.training.arguments import build_parser, parse_command
 from megatron_clsa.training.plan import make_plan
 from megatron_clsa.training.recipe import load_recipe
@@ -87,11 +87,20 @@ def test_phases_flag_chooses_a_subset(tmp_path):
         (["--fp16", "--bf16"], ["--fp16", "--bf16"]),
         (["--eval-iters", "0"], ["--eval-iters 0"]),
         (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0"]),
-        (["--keep-last", "0"], ["--keep-last: 0"]),
+        (["--keep-last", "0"], ["--keep-last 0"]),
         (["--keep-every", "2"], ["--keep-every 2", "--keep-last"]),
-        (["--spike-factor", "0"], ["--spike-factor: 0"]),
-        (["--dry-run", "-3"], ["--dry-run: -3"]),
+        (["--spike-factor", "0"], ["--spike-factor 0"]),
+        (["--dry-run", "-3"], ["--dry-run -3"]),
         (["--phases", ","], ["--phases", "short, sparse"]),
+        (["--seed", "4294967295"], ["--seed 4294967295", "2^31"]),
+        (["--norm-epsilon", "-1"], ["--norm-epsilon -1.0"]),
+        (["--init-method-std", "nan"], ["--init-method-std nan"]),
+        (["--make-vocab-size-divisible-by", "0"], ["--make-vocab-size-divisible-by 0"]),
+        (["--hidden-dropout", "-1"], ["--hidden-dropout -1.0"]),
+        (["--lr-warmup-fraction", "2"], ["--lr-warmup-fraction 2.0"]),
+        (["--lr-decay-iters", "0"], ["--lr-decay-iters 0"]),
+        (["--distributed-timeout-minutes", "0"], ["--distributed-timeout-minutes 0"]),
+        (["--tensorboard-log-interval", "0"], ["--tensorboard-log-interval 0"]),
     ],
 )
 def test_bad_flag_is_refused_by_name(tmp_path, words, named):
@@ -123,6 +132,12 @@ def test_bad_flag_is_refused_by_name(tmp_path, words, named):
 def test_layout_that_cannot_hold_the_model_is_refused(tmp_path, words, ranks, named):
     with pytest.raises(UserError, match=named.replace("+", r"\+")):
         plan_of(tmp_path, *words, ranks=ranks)
+
+
+def test_each_range_is_a_flags():
+    names = (*ranges.POSITIVE, *ranges.NOT_NEGATIVE, *ranges.SHARES, *ranges.SEEDS)
+    unknown = [name for name in names if ranges.flag_of(name) not in build_parser()._option_string_actions]
+    assert not unknown and len(set(names)) == len(names)
 
 
 def test_more_ranks_than_gpus_are_refused():
