@@ -1,6 +1,6 @@
 """Where a tool runs and where it writes, checked before anything is loaded.
 
-Owns no computation; for the tools that run a Hugging Face model.
+Owns no computation; for the tools that run a Hugging Face model, and a run's writers.
 """
 
 import os
@@ -28,14 +28,14 @@ def chosen_device(name: str | None):
     return device
 
 
-def check_out(out: Path) -> None:
-    """Refuse a folder `--out` that cannot be written. Makes nothing.
+def check_out(out: Path, flag: str = "--out") -> None:
+    """Refuse a folder that cannot be written. Makes nothing.
 
     Raises:
         UserError: if `out` is a file, or cannot be made or written.
     """
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a folder")
+        raise UserError(f"{flag} {out} is a file: give a folder")
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {there} cannot be written; give another folder")
+        raise UserError(f"{flag} {out}: {there} cannot be written; give another folder")

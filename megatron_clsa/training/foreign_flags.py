@@ -10,6 +10,12 @@ from megatron_clsa.errors import UserError
 # Phases decide these, so that a run can be stopped and resumed anywhere.
 DECIDED_BY_RUN = {
     "save": "--out",
+    "save_retain_interval": "--keep-last and --keep-every",
+    "ckpt_step": "--out, whose newest sound checkpoint is taken",
+    "use_checkpoint_args": "--config",
+    "full_validation": "--eval-iters",
+    "multiple_validation_sets": "--eval-iters",
+    "data_parallel_random_init": "--seed, of which every layout makes the same weights",
     "load": "--out, or --pretrained-checkpoint for the first phase's weights",
     "finetune": "--pretrained-checkpoint",
     "train_samples": "--train-iters",
@@ -25,6 +31,7 @@ NOT_CLSA = (
     "attention_dropout",
     "attention_output_gate",
     "ckpt_format",
+    "cp_comm_type",
     "cpu_offloading_num_layers",
     "experimental_attention_variant",
     "fp32_residual_connection",
@@ -33,7 +40,9 @@ NOT_CLSA = (
     "heterogeneous_layers_config_path",
     "hybrid_context_parallel",
     "hybrid_layer_pattern",
+    "init_method_xavier_uniform",
     "is_hybrid_model",
+    "layernorm_zero_centered_gamma",
     "linear_attention_freq",
     "mtp_num_layers",
     "multi_latent_attention",
@@ -52,6 +61,7 @@ NOT_CLSA = (
     "softmax_type",
     "spec",
     "squared_relu",
+    "test_mode",
     "use_kitchen_attention",
     "use_megatron_fsdp",
     "use_mup",
@@ -81,10 +91,12 @@ def refuse_foreign_flags(args, parser: argparse.ArgumentParser, house: dict, sou
         value, wanted = getattr(args, name), house.get(name, parser.get_default(name))
         if value == wanted:
             continue
-        where = next((path for path, settings in sources if name in settings), "command line")
-        flag = f"{where}: --{name.replace('_', '-')}" + ("" if value is True else f" {_shown(value)}")
+        flag = next(action.option_strings[0] for action in parser._actions if action.dest == name)
+        key = flag[2:].replace("-", "_")
+        where = next((path for path, settings in sources if key in settings), "command line")
+        flag = f"{where}: {flag}" + ("" if value is True else f" {_shown(value)}")
         if name in DECIDED_BY_RUN:
-            raise UserError(f"{flag}: {name} is decided by the run; use {DECIDED_BY_RUN[name]}")
+            raise UserError(f"{flag}: {key} is decided by the run; use {DECIDED_BY_RUN[name]}")
         if name in INSTEAD:
             raise UserError(f"{flag}: not CLSA's flag; use {INSTEAD[name]}")
         has = "" if wanted in (None, False) else f", which has {_shown(wanted)}"

@@ -22,6 +22,7 @@ from megatron_clsa.data.tokenizer import load_tokenizer
 from megatron_clsa.data.validation import validate_data_arguments
 from megatron_clsa.errors import UserError
 from megatron_clsa.estimate.shape import chunk_layers
+from megatron_clsa.places import check_out
 from megatron_clsa.training.ranges import check_ranges
 from megatron_clsa.training.teacher_checks import check_teacher, check_teacher_vocabulary
 
@@ -105,6 +106,8 @@ def _check_writers(args):
             raise UserError(
                 f"{flag} {asked} needs {package}: pip install 'megatron_clsa[{extra}]', or drop the flag"
             )
+    if args.tensorboard_dir:
+        check_out(Path(args.tensorboard_dir), "--tensorboard-dir")
 
 
 def _check_layout(args):
@@ -148,6 +151,10 @@ def _check_schedule(args):
         raise UserError(f"--keep-every {args.keep_every} means nothing without --keep-last: add it")
     if args.min_lr is not None and args.min_lr > args.lr:
         raise UserError(f"--min-lr {args.min_lr} is above --lr {args.lr}: lower it")
+    if args.lr_warmup_init > args.lr:
+        raise UserError(f"--lr-warmup-init {args.lr_warmup_init} is above --lr {args.lr}: lower it")
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters: set how many steps the decay takes")
     decay = args.lr_decay_iters or args.train_iters
     if args.lr_warmup_iters >= decay and args.lr_warmup_iters:
         raise UserError(
@@ -209,6 +216,8 @@ def _set_vocabulary(args):
 
 
 def _check_data(args, tokenizer):
+    if args.dataloader_type == "external":
+        raise UserError("--dataloader-type external has no data here: give single or cyclic, or drop it")
     if not args.mock_data:
         args.split = args.split or "99,1,0"
         validate_data_arguments(args, tokenizer)

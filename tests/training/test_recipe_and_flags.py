@@ -98,9 +98,19 @@ def test_phases_flag_chooses_a_subset(tmp_path):
         (["--make-vocab-size-divisible-by", "0"], ["--make-vocab-size-divisible-by 0"]),
         (["--hidden-dropout", "-1"], ["--hidden-dropout -1.0"]),
         (["--lr-warmup-fraction", "2"], ["--lr-warmup-fraction 2.0"]),
+        (["--lr-warmup-init", "1"], ["--lr-warmup-init 1.0", "--lr 0.001"]),
         (["--lr-decay-iters", "0"], ["--lr-decay-iters 0"]),
+        (["--lr-decay-style", "WSD"], ["--lr-decay-style WSD", "--lr-wsd-decay-iters"]),
         (["--distributed-timeout-minutes", "0"], ["--distributed-timeout-minutes 0"]),
         (["--tensorboard-log-interval", "0"], ["--tensorboard-log-interval 0"]),
+        (["--tensorboard-dir", "/dev/null/x"], ["--tensorboard-dir /dev/null/x"]),
+        (["--dataloader-type", "external"], ["--dataloader-type external", "cyclic"]),
+        (["--ckpt-step", "4"], ["--ckpt-step 4"]),
+        (["--save-retain-interval", "4"], ["--save-retain-interval 4", "--keep-every"]),
+        (["--full-validation"], ["--full-validation", "--eval-iters"]),
+        (["--apply-layernorm-1p"], ["--apply-layernorm-1p"]),
+        (["--init-method-xavier-uniform"], ["--init-method-xavier-uniform"]),
+        (["--data-parallel-random-init"], ["--data-parallel-random-init"]),
     ],
 )
 def test_bad_flag_is_refused_by_name(tmp_path, words, named):
@@ -138,6 +148,12 @@ def test_each_range_is_a_flags():
     names = (*ranges.POSITIVE, *ranges.NOT_NEGATIVE, *ranges.SHARES, *ranges.SEEDS)
     unknown = [name for name in names if ranges.flag_of(name) not in build_parser()._option_string_actions]
     assert not unknown and len(set(names)) == len(names)
+
+
+def test_a_refused_flag_of_another_field_name_names_its_recipe(tmp_path):
+    text = RECIPE.replace("{lr: 1e-3}", "{lr: 1e-3, apply_layernorm_1p: true}")
+    with pytest.raises(UserError, match=r"recipe\.yaml: --apply-layernorm-1p"):
+        plan_of(tmp_path, text=text)
 
 
 def test_more_ranks_than_gpus_are_refused():
