@@ -6,10 +6,12 @@ Owns no checks: each check lives where the value enters.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 
 EXIT_BAD_INPUT = 2
+OTHERS_WAIT = 3.0  # seconds in which launch.py and torchrun end the other ranks once rank 0 has refused
 
 
 class UserError(ValueError):
@@ -31,8 +33,15 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":  # every rank refuses alike; one says so
-                print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            _say(" ".join(str(error).split()), os.environ.get("RANK", "0"))
             return EXIT_BAD_INPUT
 
     return run
+
+
+def _say(line: str, rank: str) -> None:
+    """Most refusals are every rank's and rank 0 says so; one that a rank meets alone must be heard too."""
+    if rank != "0":
+        time.sleep(OTHERS_WAIT)
+        line = f"rank {rank} on {os.uname().nodename}: {line}"
+    print("error:", line, file=sys.stderr, flush=True)

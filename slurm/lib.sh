@@ -168,9 +168,10 @@ clsa_train() {
     clsa_again "$status"
 }
 
-# The last line of the logs that says why.
+# The last line of the logs that says why; where all ranks refused, rank 0's, which does not name its rank.
 clsa_said() {
-    local line
-    line="$(cat "$CLSA_LOGS"/*.log | grep -E 'error: |Error: |HANG' | tail -n 1 | cut -c 1-300)"
+    local lines line
+    lines="$(cat "$CLSA_LOGS"/*.log | grep -E 'error: |Error: |HANG')"
+    line="$({ grep -v 'error: rank [0-9]* on ' <<<"$lines" || cat <<<"$lines"; } | tail -n 1 | cut -c 1-300)"
     if [ -n "$line" ]; then printf '%s' "${line#*error: }"; else printf 'see %s' "$CLSA_LOGS"; fi
 }

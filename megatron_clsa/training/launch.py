@@ -98,7 +98,8 @@ def wait_for(ranks: list[subprocess.Popen]) -> int:
         while None in [rank.poll() for rank in ranks]:
             if failed is None and (failed := _first_failure(ranks)) is not None:
                 deadline = time.monotonic() + GRACE_SECONDS
-            if time.monotonic() > deadline:
+            refused = ranks[0].returncode == EXIT_BAD_INPUT  # and has said why; the others wait to speak
+            if refused or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
     finally:

@@ -12,7 +12,7 @@ import pytest
 from megatron_clsa.errors import UserError
 from megatron_clsa.training import launch
 
-RANK = "import os, sys, time, signal; rank = int(os.environ['RANK']); "
+RANK = "import os, sys, time, signal; rank = int(os.environ['RANK'])\n"
 
 
 def _ranks(body: str, count: int = 2) -> list[subprocess.Popen]:
@@ -59,6 +59,27 @@ def test_a_failed_rank_ends_those_that_wait_for_it(monkeypatch):
     started = time.monotonic()
     assert _code("sys.exit(3) if rank else time.sleep(20)") == 1
     assert time.monotonic() - started < 10
+
+
+REFUSING = (
+    "from megatron_clsa.errors import UserError, one_line_errors\n"
+    "@one_line_errors\n"
+    "def main():\n"
+    "    if rank in {ranks}: raise UserError('data.idx is missing')\n"
+    "    time.sleep(20)\n"
+    "sys.exit(main())"
+)
+
+
+@pytest.mark.parametrize(
+    "ranks, line",
+    [("(0, 1)", "error: data.idx is missing"), ("(1,)", f"error: rank 1 on {os.uname().nodename}: data.idx")],
+)
+def test_a_refusal_is_told_once_also_by_a_rank_that_meets_it_alone(capfd, monkeypatch, ranks, line):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.2)
+    assert _code(REFUSING.format(ranks=ranks)) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(line), lines
 
 
 def test_a_signal_reaches_every_rank():
