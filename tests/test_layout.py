@@ -108,3 +108,10 @@ def test_the_scripts_that_the_readme_names_exist():
     blocks = re.findall(r"```bash.*?\n(.*?)```", readme.read_text(), re.S)
     named = set(re.findall(r"\b(?:tools|examples|slurm|tests)/[\w./-]+\.(?:py|sh|yaml)", "\n".join(blocks)))
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_every_script_refuses_a_bad_flag_in_one_line():
+    """argparse itself prints its usage first."""
+    scripts = _tracked("tools/*.py", "examples/*.py", "megatron_clsa/*.py")
+    own = [path.name for path in scripts if "argparse.ArgumentParser(" in path.read_text()]
+    assert not own

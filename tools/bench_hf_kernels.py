@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 SIZE = {
     "vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8,
@@ -28,10 +28,8 @@ SIZE = {
 SHAPE = "{} tokens, 8 layers, hidden 2048, 16/4 heads of 128, window 512, k 2048, bf16"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384], help="(8192 16384)")
     parser.add_argument("--repeats", type=int, default=5, help="the median counts (5)")
     parser.add_argument("--out", type=Path, help="file for the rows")

@@ -18,15 +18,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 SAME = 1e-3  # fp32 logits: rows of one matrix product and of 8192 round differently
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="exported folder; default: random weights, size below")
     parser.add_argument("--tokens", type=int, default=8192, help="length of the prompt (8192)")
     parser.add_argument("--layers", type=int, default=8, help="of the random model (8)")

@@ -1,6 +1,5 @@
 """Time every kernel against its peers on this machine and write docs/results/kernels.json; see --help."""
 
-import argparse
 import importlib
 import pkgutil
 import shlex
@@ -12,7 +11,7 @@ import bench
 import torch
 from bench.harness import FAMILIES, Settings, measure, merge_rows
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 
 def _load_families() -> None:
@@ -21,8 +20,8 @@ def _load_families() -> None:
         importlib.import_module(f"bench.{module.name}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help=f"of {', '.join(sorted(FAMILIES))} (all)")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], metavar="TOKENS")
     parser.add_argument("--seconds", type=float, default=0.2, help="timed seconds a side of a case (0.2)")

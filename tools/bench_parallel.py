@@ -17,7 +17,7 @@ import torch
 from bench.harness import length_name, machine, merge_rows
 
 import megatron_clsa.parallel.cpu  # noqa: F401
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 RESULTS = "docs/results/parallel.json"
 FAMILIES = ("scaling", "long", "exchanges")
@@ -35,10 +35,8 @@ ON_GPU = dict(perform_initialization=False, init_method_std=0.02)
 TINY = dict(num_attention_heads=4, num_query_groups=4, sliding_window=5)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, help="ranks, 1, 2, 4 or 8 (all GPUs)")
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help=f"of {', '.join(FAMILIES)} (all)")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="as strong_tp2, weak_dp4, long_cp4 (all)")

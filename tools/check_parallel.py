@@ -16,16 +16,14 @@ import time
 import torch
 
 import megatron_clsa.parallel.cpu  # noqa: F401
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 RANKS = (1, 2, 4, 8)
 IMPLS = ["local", "transformer_engine"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, help="1, 2, 4 or 8; under torchrun its own number")
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="as tp2_cp2 or pp2_vpp2_dp2 (all)")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="of dense, sparse, warmup (all)")

@@ -16,7 +16,7 @@ import sys
 import torch
 
 import megatron_clsa.parallel.cpu  # noqa: F401
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 FIELDS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 MODELS = {"4b": (32, 2560, 7680, 20, 4), "7b": (32, 4096, 11008, 32, 8)}
@@ -29,10 +29,8 @@ PHASES = {
 TOLERANCE = 0.01  # padding of gradient buckets, flags and shapes are in no formula
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="4b", help="widths and layers (4b)")
     parser.add_argument("--phase", choices=PHASES, nargs="+", default=list(PHASES), help="(all)")
     for name in ("tp", "pp", "cp", "dp"):

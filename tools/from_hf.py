@@ -6,7 +6,6 @@
 Owns the command line; the work is in megatron_clsa/convert. Needs no GPU; megatron only for --verify.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -122,7 +121,7 @@ def main() -> None:
 
 def _dense_defaults() -> dict:
     """Every flag of the dense group but --init-from, with its default."""
-    parser = argparse.ArgumentParser()
+    parser = OneLineParser()
     _add_dense_group(parser)
     return {name: value for name, value in vars(parser.parse_args([])).items() if name != "init_from"}
 

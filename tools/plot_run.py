@@ -6,14 +6,13 @@ Owns reading and drawing; what a figure means is in megatron_clsa/training/metri
 Phases are told apart by shade. Several files share the axes, one line style each.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 # Panel title -> (metric, label, as points with a line between) ...; colours are told by place.
 PANELS = {
@@ -141,7 +140,7 @@ def plot(runs: list[tuple[str, list[dict]]], out: Path) -> None:
 
 @one_line_errors
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("metrics", type=Path, nargs="+", help="metrics.jsonl of a run; several are compared")
     parser.add_argument("--out", type=Path, default=Path("run.png"), help="picture to write (run.png)")
     args = parser.parse_args(words)

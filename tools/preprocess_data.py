@@ -2,14 +2,18 @@
 
 import argparse
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_clsa.data.indexed import verify_checksums
 from megatron_clsa.data.preprocess import Job, preprocess
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--input", nargs="+", help="files or folders; .jsonl, .jsonl.zst, .parquet, else text")
     data.add_argument(

@@ -1,17 +1,19 @@
 """Train a SentencePiece tokenizer on JSONL or text files; see --help."""
 
-import argparse
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from megatron_clsa.data.readers import BadDocument, documents, list_inputs, plan_parts
 from megatron_clsa.data.tokenizer import train_sentencepiece
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files or folders, as preprocess_data.py's")
     parser.add_argument(
         "--json-keys", "--json-key", default="text", metavar="KEY", help="key of the text (text)"

@@ -4,7 +4,6 @@ Owns the candidates and the clock; the tilings in use are the table of kernels/m
 constants of kernels/union_attention.py. Union kernels are timed as a whole forward or backward.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -17,7 +16,7 @@ from bench.attention import DIM, GROUPS, HEADS, KINDS, SCALE, SELECTED
 from bench.sparse_index import overlapping_index
 from torch import Tensor
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 from megatron_clsa.kernels import masked_launch as launch
 from megatron_clsa.kernels import sparse_choice, union_attention
 from megatron_clsa.kernels.mask_plan import KEY_BLOCK
@@ -46,8 +45,8 @@ UNION = {
 STAY = {name.strip("_") or "overlapping": stay for name, stay in KINDS.items()}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--length", type=int, default=32768, metavar="TOKENS")
     names = [*CANDIDATES, *UNION]
     parser.add_argument("--kernels", nargs="+", choices=names, default=names)

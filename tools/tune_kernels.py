@@ -16,13 +16,13 @@ import torch
 from bench.harness import time_together
 from tune import CASES, Case
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 SECONDS = 0.5  # timed, a candidate
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("case", choices=sorted(CASES))
     parser.add_argument("--length", type=int, default=32768, metavar="TOKENS")
     parser.add_argument("--only", nargs="+", metavar="CANDIDATE", help="candidates beside the first (all)")

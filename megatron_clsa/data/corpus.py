@@ -3,7 +3,6 @@
 Owns which files are taken and in which order. The quickstart trains on it.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -51,7 +50,7 @@ def write_standard_library(path: Path, max_bytes: int = 16 << 20) -> int:
 @one_line_errors
 def main(words: list[str]) -> None:
     """`python -m megatron_clsa.data.corpus FILE` writes the corpus."""
-    parser = argparse.ArgumentParser(description="Write the standard library's sources as JSONL.")
+    parser = OneLineParser(description="Write the standard library's sources as JSONL.")
     parser.add_argument("file", type=Path, help="JSONL file to write")
     path = parser.parse_args(words).file
     print(f"{path}: {write_standard_library(path):,} documents")

@@ -54,6 +54,10 @@ def preprocess(job: Job, inputs: list[str], workers: int, overwrite: bool = Fals
     """Make the dataset and return its manifest."""
     if workers < 1:
         raise UserError(f"--workers {workers}: give 1 or more")
+    if not Path(job.output_prefix).name or job.output_prefix.endswith("/"):
+        raise UserError(
+            f"--output-prefix '{job.output_prefix}' holds no name: add one, such as {job.output_prefix}text"
+        )
     files = list_inputs(inputs)
     for path, times in Counter(path.resolve() for path in files).items():
         if times > 1:

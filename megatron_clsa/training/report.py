@@ -4,12 +4,11 @@ Owns the checks and the table; measures nothing. A phase without an index in it 
 later phase is the warm-up, the last one the sparse adaptation.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from megatron_clsa.errors import UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
 COVERAGE_OF_ORACLE = 0.9  # share of the best k tokens' mass that the index must keep
 COVERAGE_OVER_BASELINE = 1.2  # "well above" a random and a most-recent-k index
@@ -95,7 +94,7 @@ def table(phases: dict[str, list[dict]]) -> str:
 
 def main(words: list[str]) -> int:
     """Print the table, write the report. Returns 1, after one line that names them, if claims fail."""
-    parser = argparse.ArgumentParser(description="Judge a four-phase run by its metrics file.")
+    parser = OneLineParser(description="Judge a four-phase run by its metrics file.")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of the run")
     parser.add_argument("--report", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--logits-gap", type=float, help="largest fp32 logit difference of the export")

@@ -273,6 +273,15 @@ def test_an_existing_dataset_is_not_replaced_unasked(tmp_path, model):
         preprocess(_job(tmp_path, model), [source], 1)
 
 
+@pytest.mark.parametrize("prefix", ["", "{}/", "{}/made/"])
+def test_a_prefix_without_a_name_is_refused(tmp_path, model, prefix):
+    """It would make `.bin` and `.idx`, which no `ls` shows."""
+    job = Job(prefix.format(tmp_path), "SentencePieceTokenizer", model)
+    with pytest.raises(UserError, match=r"--output-prefix '.*' holds no name"):
+        preprocess(job, [_jsonl(tmp_path / "in.jsonl")], 1, log=io.StringIO())
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_flipped_bit_fails_its_checksum(tmp_path, model):
     preprocess(_job(tmp_path, model), [_jsonl(tmp_path / "in.jsonl")], 1)
     raw = bytearray((tmp_path / "out.bin").read_bytes())
