@@ -5,6 +5,7 @@ Owns no checks: each check lives where the value enters.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap an entry point: a `UserError` prints `error: <message>` on one line and exits with code 2."""
+    """Wrap an entry point: a `UserError` prints `error: <message>` on one line and exits with code 2.
+
+    Ctrl-C is told in one line, too.
+    """
 
     @wraps(main)
     def run(*args, **kwargs) -> int:
@@ -35,8 +39,20 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             _say(" ".join(str(error).split()), os.environ.get("RANK", "0"))
             return EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            return _end_by_ctrl_c()
 
     return run
+
+
+def _end_by_ctrl_c() -> int:
+    """One line, then the signal's own end, by which a shell knows that its script or loop is to stop too."""
+    if "RANK" not in os.environ:  # who started the ranks says so
+        print("error: stopped by Ctrl-C; what was complete is kept", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+    return 128 + signal.SIGINT
 
 
 def _say(line: str, rank: str) -> None:

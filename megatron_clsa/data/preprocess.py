@@ -125,7 +125,7 @@ def _run_parts(job: Job, parts: list[Part], workers: int, log) -> list[dict]:
 def _run_pool(parts: list[Part], todo: list[int], workers: int, log) -> None:
     context = multiprocessing.get_context("fork")  # shares the loaded tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_die_with_parent)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_at_once)
     started, done, tokens = time.monotonic(), 0, 0
     try:
         pending = {pool.submit(_run_part, i, parts[i]) for i in todo}
@@ -148,9 +148,11 @@ def _run_pool(parts: list[Part], todo: list[int], workers: int, log) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
-    """A killed parent must not leave workers writing: PR_SET_PDEATHSIG is option 1 of prctl."""
+def _end_at_once() -> None:
+    """A killed parent must not leave workers writing (PR_SET_PDEATHSIG is option 1 of prctl), nor Ctrl-C wait
+    for their parts, each with a traceback. A part that is half made does not count."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _run_part(number: int, part: Part) -> dict:

@@ -1,5 +1,6 @@
 """Text to indexed data and back; what a kill leaves behind; what bad input says."""
 
+import functools
 import io
 import json
 import os
@@ -122,6 +123,25 @@ def test_a_killed_run_leaves_nothing_that_loads_and_goes_on(tmp_path, model):
     log.seek(0)
     assert log.read().startswith(f"going on: {len(done)} of ")
     assert _texts_of(str(tmp_path / "out"), model) == [text * 40 for text in TEXTS]
+
+
+def test_ctrl_c_is_one_line_and_the_parts_are_kept(tmp_path, model):
+    text = _jsonl(tmp_path / "in.jsonl", TEXTS * 3000)
+    words = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", text, "--workers", "2"]
+    words += ["--output-prefix", str(tmp_path / "out"), "--tokenizer-model", model]
+    # A terminal sends the signal to all of its job; a background process would ignore it.
+    default = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=default
+    )
+    parts, deadline = tmp_path / "out.parts", time.monotonic() + 60
+    while not list(parts.glob("*.bin")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    said = [line for line in process.communicate()[1].splitlines() if not line.startswith("parts ")]
+    assert process.returncode == -signal.SIGINT
+    assert len(said) == 1 and said[0].startswith("error: stopped by Ctrl-C"), said
+    assert not (tmp_path / "out.idx").exists()
 
 
 def test_parts_made_otherwise_are_not_reused(tmp_path, model):

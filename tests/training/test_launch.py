@@ -1,5 +1,6 @@
 """Starting the ranks of one machine: who they are told to be, which exit code comes back, who ends whom."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -80,6 +81,27 @@ def test_a_refusal_is_told_once_also_by_a_rank_that_meets_it_alone(capfd, monkey
     assert _code(REFUSING.format(ranks=ranks)) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(line), lines
+
+
+def test_ctrl_c_is_one_line_however_many_ranks(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\n"
+        "from megatron_clsa.training.launch import launch\n"
+        "def main(words):\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(20)\n"
+        "sys.exit(launch(main, __file__, sys.argv[1:]))\n"
+    )
+    default = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [sys.executable, str(script), "--nproc-per-node", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=default,
+    )  # fmt: skip
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate()[1].splitlines() == ["error: stopped by Ctrl-C; what was complete is kept"]
+    assert process.returncode == -signal.SIGINT
 
 
 def test_a_signal_reaches_every_rank():
