@@ -57,15 +57,16 @@ class WindowAttention(MegatronModule):
         """Query `[s/cp, b, h/tp, d]`, key and value `[s/cp, b, g/tp, d]` -> `[s/cp, b, h/tp * d]`."""
         rows = _windowed_rows(attention_mask, self.window)
         if self.cp_group.size() == 1:
-            output = self._attend(*(x.transpose(0, 1) for x in (query, key, value)), rows)
+            window = min(self.window, query.size(0))  # memory goes with it, and there are no more rows
+            output = self._attend(*(x.transpose(0, 1) for x in (query, key, value)), rows, window)
         elif self.window - 1 <= query.size(0) // 2:
             output = self._attend_chunks(query, key, value, rows)
         else:
             output = self._attend_gathered(query, key, value, rows)
         return output.transpose(0, 1).flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rows: RowRange) -> Tensor:
-        return dispatch.window_attention(query, key, value, rows, self.window, self.scale)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rows: RowRange, window: int) -> Tensor:
+        return dispatch.window_attention(query, key, value, rows, window, self.scale)
 
     def _attend_chunks(self, query: Tensor, key: Tensor, value: Tensor, rows: RowRange) -> Tensor:
         """Each of the two chunks sees itself and the `window - 1` rows before it: the only rows exchanged."""
@@ -73,7 +74,7 @@ class WindowAttention(MegatronModule):
         kv = chunks_with_halo(torch.cat([key, value], dim=2).flatten(2), halo, self.cp_group)
         kv = kv.unflatten(-1, (-1, head_dim)).transpose(1, 2).flatten(0, 1)  # [2 b, halo + c, 2 g, d]
         chunked = query.unflatten(0, (2, -1)).transpose(1, 2).flatten(0, 1)
-        output = self._attend(chunked, *kv.chunk(2, dim=2), self._chunk_rows(rows, halo))
+        output = self._attend(chunked, *kv.chunk(2, dim=2), self._chunk_rows(rows, halo), self.window)
         return output.unflatten(0, (2, batch)).transpose(0, 1).flatten(1, 2)
 
     def _chunk_rows(self, rows: RowRange, halo: int) -> RowRange:
