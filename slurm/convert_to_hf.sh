@@ -1,6 +1,7 @@
 #!/bin/bash
 # Convert a run's newest checkpoint to a Hugging Face folder and compare the logits, on one node without a GPU:
 #     sbatch slurm/convert_to_hf.sh RUN_FOLDER OUT_FOLDER [flags of tools/to_hf.py]
+# With --dtype without the comparison.
 #SBATCH --job-name=convert_to_hf
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -22,5 +23,7 @@ CLSA_OUT="$1"
 [ -d "$CLSA_OUT" ] || clsa_refuse "$CLSA_OUT does not exist: give the folder of a run"
 clsa_settings convert_to_hf
 mapfile -t container < <(clsa_container)
+verify=(--verify) # compares fp32 logits
+[[ " ${*:3}" != *' --dtype'* ]] || verify=()
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
-exec srun --ntasks=1 "${container[@]}" "${CLSA_START[@]}" "$CLSA_ROOT/tools/to_hf.py" "$@" --verify
+exec srun --ntasks=1 "${container[@]}" "${CLSA_START[@]}" "$CLSA_ROOT/tools/to_hf.py" "$@" "${verify[@]}"

@@ -24,7 +24,7 @@ clsa_settings() {
     [ -f "$env" ] || clsa_refuse "$env is missing: copy slurm/site.env.example there and edit it"
     complaint="$(bash -n "$env" 2>&1 | head -n 1)"
     [ -z "$complaint" ] || clsa_refuse "CLSA_ENV is not valid shell: $complaint"
-    for name in $(grep -oE '^ *(export +)?CLSA_[A-Z_]+' "$env" | grep -oE 'CLSA_[A-Z_]+'); do
+    for name in $(grep -oE '^ *(export +)?CLSA_\w+' "$env" | grep -oE 'CLSA_\w+'); do
         [[ $CLSA_SETTINGS == *" $name "* ]] || clsa_refuse "$env sets $name, which nothing reads:$CLSA_SETTINGS"
     done
     clsa_source "$env"
@@ -32,7 +32,7 @@ clsa_settings() {
     : "${CLSA_OUT:=$CLSA_RUNS/$1}" "${CLSA_MAX_RESTARTS:=3}" "${CLSA_MIN_FREE_GB:=500}" "${CLSA_REQUEUE:=1}"
     : "${CLSA_GPUS_PER_NODE:=${SLURM_NTASKS_PER_NODE:-8}}" "${CLSA_PYTHON:=$CLSA_ROOT/.venv/bin/python}"
     for name in CLSA_MAX_RESTARTS CLSA_MIN_FREE_GB CLSA_GPUS_PER_NODE; do
-        [[ ${!name} =~ ^[0-9]+$ ]] || clsa_refuse "$name=${!name}: give a whole number"
+        [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || clsa_refuse "$name=${!name}: give a whole number"
     done
     [[ $CLSA_REQUEUE =~ ^[01]$ ]] || clsa_refuse "CLSA_REQUEUE=$CLSA_REQUEUE: give 1 or 0"
     [[ ${CLSA_CONTAINER:-} != /* || -e $CLSA_CONTAINER ]] \
@@ -126,7 +126,10 @@ clsa_again() {
     [ "$CLSA_REQUEUE" = 1 ] || { clsa_say "not run again: CLSA_REQUEUE=$CLSA_REQUEUE" && exit "$1"; }
     clsa_say "requeue after code $1, newest checkpoint: ${now:-none}"
     trap : TERM # ends the `wait`; if it were ignored, Slurm would wait its KillWait, 30 s or more, for this shell
-    scontrol requeue "$SLURM_JOB_ID" || exit "$1"
+    if ! scontrol requeue "$SLURM_JOB_ID"; then
+        clsa_say "not run again: Slurm refuses; set CLSA_REQUEUE=0 and submit a chain (slurm/chain.sh)"
+        exit "$1"
+    fi
     sleep 600 &
     wait
     exit "$1"
@@ -138,6 +141,8 @@ clsa_again() {
 clsa_train() {
     local status=0 step='' asked=''
     local -a container=() data=()
+    # An array's tasks would share one folder, and `scontrol requeue` of its number means all of them.
+    [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || clsa_refuse "--array: a run is one job, submit one a run with its CLSA_OUT"
     mapfile -t container < <(clsa_container)
     clsa_rendezvous
     # shellcheck disable=SC2206
@@ -171,7 +176,7 @@ clsa_train() {
 # The last line of the logs that says why; where all ranks refused, rank 0's, which does not name its rank.
 clsa_said() {
     local lines line
-    lines="$(cat "$CLSA_LOGS"/*.log | grep -E 'error: |Error: |HANG')"
+    lines="$(cat "$CLSA_LOGS"/*.log 2>/dev/null | grep -E 'error: |Error: |HANG')"
     line="$({ grep -v 'error: rank [0-9]* on ' <<<"$lines" || cat <<<"$lines"; } | tail -n 1 | cut -c 1-300)"
     if [ -n "$line" ]; then printf '%s' "${line#*error: }"; else printf 'see %s' "$CLSA_LOGS"; fi
 }

@@ -59,6 +59,8 @@ def main() -> None:
     from megatron_clsa.convert.whole_folder import whole_folder
 
     args = _parser().parse_args()
+    if args.verify and args.dtype not in (None, "float32"):
+        raise UserError(f"--verify compares fp32 logits: leave --dtype {args.dtype} out, or --verify")
     folder = find_checkpoint(args.checkpoint)
     arch = read_architecture(folder)
     reader = TorchDistReader(folder)
@@ -73,8 +75,6 @@ def main() -> None:
         if args.verify:
             from megatron_clsa.convert.verify import verify
 
-            if args.dtype not in (None, "float32"):
-                raise UserError(f"--verify compares fp32 logits: leave --dtype {args.dtype} out, or --verify")
             print(verify(reader, arch, temporary))
     print(f"{args.out}: made from {folder}")
 

@@ -35,6 +35,11 @@ def folder(checkpoint, tmp_path_factory):
     return out
 
 
+def test_verify_of_another_dtype_is_refused_before_the_export(tmp_path):
+    line = error_line(to_hf(tmp_path / "none", tmp_path / "hf", "--verify", "--dtype", "bfloat16"))
+    assert "--dtype bfloat16" in line
+
+
 def _weights(folder) -> dict[str, torch.Tensor]:
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
 
