@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megatron_clsa.errors import UserError
 from megatron_clsa.training.report import judge, main, read_evaluations
 
 COVERAGE = dict(attention_coverage=0.8, oracle_coverage=0.85, random_coverage=0.2, recent_coverage=0.5)
@@ -64,3 +65,12 @@ def test_a_failed_claim_is_named_in_one_line_and_in_the_report(tmp_path, capsys)
     assert main(["--metrics", str(metrics), "--report", str(report)]) == 1
     assert "loss_falls_in_dense" in capsys.readouterr().err
     assert json.loads(report.read_text())["passed"] is False
+
+
+@pytest.mark.parametrize("metrics, report", [("", "report.json"), ("metrics.jsonl", "file/report.json")])
+def test_files_that_cannot_be_read_or_written_are_named(tmp_path, metrics, report):
+    (tmp_path / "file").touch()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"phase": "dense", "valid_lm_loss": 1.0}) + "\n")
+    named = tmp_path / (report if metrics else "")
+    with pytest.raises(UserError, match=f"--(metrics|report) {named}"):
+        main(["--metrics", str(tmp_path / metrics), "--report", str(tmp_path / report)])

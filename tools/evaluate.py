@@ -144,13 +144,13 @@ def main() -> None:
     report = evaluate(args)
     from megatron_clsa.evaluate.picture import draw
 
+    print(_summary(report))  # first: what took hours should not be lost to a full disk
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+        draw(report, args.out / "evaluation.png")
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
-    draw(report, args.out / "evaluation.png")
-    print(_summary(report))
 
 
 if __name__ == "__main__":

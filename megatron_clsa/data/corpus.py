@@ -53,7 +53,10 @@ def main(words: list[str]) -> None:
     parser = OneLineParser(description="Write the standard library's sources as JSONL.")
     parser.add_argument("file", type=Path, help="JSONL file to write")
     path = parser.parse_args(words).file
-    print(f"{path}: {write_standard_library(path):,} documents")
+    try:
+        print(f"{path}: {write_standard_library(path):,} documents")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -19,8 +19,12 @@ LOGITS_GAP = 1e-4  # exported fp32 logits against Megatron's
 
 def read_evaluations(metrics: Path) -> dict[str, list[dict]]:
     """Evaluation lines of a metrics file by phase, in the order of the run."""
+    try:
+        text = metrics.read_text()
+    except OSError as fault:
+        raise UserError(f"--metrics {metrics}: {fault.strerror}; give the run's metrics.jsonl") from None
     phases: dict[str, list[dict]] = {}
-    for number, line in enumerate(metrics.read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
         except ValueError as fault:
@@ -99,8 +103,6 @@ def main(words: list[str]) -> int:
     parser.add_argument("--report", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--logits-gap", type=float, help="largest fp32 logit difference of the export")
     options = parser.parse_args(words)
-    if not options.metrics.exists():
-        raise UserError(f"--metrics {options.metrics}: no such file; give the run's metrics.jsonl")
     phases = read_evaluations(options.metrics)
     if not phases:
         raise UserError(f"--metrics {options.metrics}: holds no evaluation; train with --eval-iters above 0")
@@ -116,8 +118,11 @@ def main(words: list[str]) -> int:
         "phases": last,
         "logits_gap": options.logits_gap,
     }
-    options.report.write_text(json.dumps(report, indent=2) + "\n")
     print(table(phases))
+    try:
+        options.report.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as fault:
+        raise UserError(f"--report {options.report} cannot be written: {fault.strerror}") from None
     failed = [name for name, passed in checks.items() if not passed]
     if failed:
         print(f"error: not shown: {', '.join(failed)} (figures in {options.report})", file=sys.stderr)

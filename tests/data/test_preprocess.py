@@ -15,6 +15,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_clsa.data import corpus
 from megatron_clsa.data.corpus import write_standard_library
 from megatron_clsa.data.indexed import read_manifest, verify_checksums, write_index
 from megatron_clsa.data.preprocess import Job, preprocess
@@ -326,3 +327,9 @@ def test_the_standard_library_corpus_is_deterministic_and_limited(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     texts = [json.loads(line)["text"] for line in (tmp_path / "a").open()]
     assert 100_000 < sum(map(len, texts)) <= 200_000
+
+
+def test_a_corpus_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert corpus.main([str(tmp_path / "file" / "text.jsonl")]) == 2
+    assert "text.jsonl cannot be written" in capsys.readouterr().err

@@ -32,6 +32,17 @@ def test_report_and_picture(monkeypatch, folder, text, tmp_path, capsys):
     assert "coverage" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "evaluation.png"])
+def test_a_report_that_cannot_be_written_is_printed_all_the_same(
+    monkeypatch, folder, text, tmp_path, capsys, name
+):
+    (tmp_path / name).mkdir()
+    words = ["--model", folder, "--text", text, "--out", tmp_path, *FLAGS, "--tasks", "perplexity"]
+    assert run(monkeypatch, *words) == 2
+    out, error = capsys.readouterr()
+    assert "perplexity" in out and f"--out {tmp_path} cannot be written" in error
+
+
 def test_the_same_seed_gives_the_same_report(monkeypatch, folder, text, tmp_path):
     reports = []
     for name in "ab":
