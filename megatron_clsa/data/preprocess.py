@@ -5,8 +5,10 @@ a run that was stopped goes on from the reports. PREFIX.idx is renamed into plac
 a pair without it. Reading the inputs is readers.py's, the format's checks are indexed.py's.
 """
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -66,8 +68,8 @@ def preprocess(job: Job, inputs: list[str], workers: int, overwrite: bool = Fals
         raise UserError(f"--output-prefix {job.output_prefix} holds a dataset already; give --overwrite")
     tokenizer = load_tokenizer_of(job.tokenizer_type, job.tokenizer_model)
     parts = plan_parts(files, job.part_bytes)
-    _STATE.update(job=job, tokenizer=tokenizer, dtype=DType.optimal_dtype(tokenizer.vocab_size))
-    with _disk_errors(job):
+    with _disk_errors(job), _one_maker(job):
+        _STATE.update(job=job, tokenizer=tokenizer, dtype=DType.optimal_dtype(tokenizer.vocab_size))
         _open_folder(job, files)
         reports = _run_parts(job, parts, workers, log)
         return _join(job, tokenizer, reports)
@@ -92,14 +94,39 @@ class _disk_errors:
             raise UserError(f"--output-prefix {self.job.output_prefix} cannot be written: {error}") from None
 
 
+@contextlib.contextmanager
+def _one_maker(job: Job) -> Iterator[None]:
+    """Hold the folder of parts, which two commands would fill with parts of both.
+
+    The lock is on the folder itself and goes with its holder; a file system without locks does without.
+    """
+    held, same = -1, False
+    while not same:  # the holder before removes the folder when it is done
+        job.folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(job.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output-prefix {job.output_prefix}: another command is making it; wait, or give another"
+            ) from None
+        except OSError:
+            break
+        same = job.folder.is_dir() and os.path.samestat(os.fstat(held), job.folder.stat())
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
 def _open_folder(job: Job, files: list[Path]) -> None:
     """Keep the parts of a stopped run only if they were made from the same inputs in the same way."""
     sizes = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     plan = json.dumps([asdict(job), tokenizer_digest(job.tokenizer_model), sizes])
     stored = job.folder / "plan.json"
     if not stored.is_file() or stored.read_text() != plan:
-        shutil.rmtree(job.folder, ignore_errors=True)
-        job.folder.mkdir(parents=True)
+        for part in job.folder.iterdir():
+            part.unlink()
         _write_whole(stored, plan)
 
 
@@ -141,8 +168,8 @@ def _run_pool(parts: list[Part], todo: list[int], workers: int, log) -> None:
                 flush=True,
             )
     except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker was killed (out of memory?); run again to go on, with fewer --workers"
+        raise UserError(
+            f"--workers {workers}: one was killed (out of memory?); run again to go on, with fewer"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -168,7 +195,7 @@ def _run_part(number: int, part: Part) -> dict:
             lengths.append(len(ids))
     numpy.save(drafts[1], numpy.array(lengths, dtype=numpy.int32))
     for draft, path in zip(drafts, (tokens, counts), strict=True):
-        os.replace(draft, path)  # a second command that runs meanwhile makes the same bytes
+        os.replace(draft, path)
     report |= {"documents": len(lengths), "tokens": sum(lengths)}
     _write_whole(job.folder / f"{number:06}.json", json.dumps(report))
     return report

@@ -16,6 +16,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_clsa.data import corpus
+from megatron_clsa.data import preprocess as preprocessing
 from megatron_clsa.data.corpus import write_standard_library
 from megatron_clsa.data.indexed import read_manifest, verify_checksums, write_index
 from megatron_clsa.data.preprocess import Job, preprocess
@@ -143,6 +144,32 @@ def test_ctrl_c_is_one_line_and_the_parts_are_kept(tmp_path, model):
     assert process.returncode == -signal.SIGINT
     assert len(said) == 1 and said[0].startswith("error: stopped by Ctrl-C"), said
     assert not (tmp_path / "out.idx").exists()
+
+
+def test_a_second_command_for_the_same_prefix_is_refused(tmp_path, model, monkeypatch):
+    """Of other input it would mix its parts with the first's, and nothing would tell."""
+    run, source, other = preprocessing._run_part, tmp_path / "in.jsonl", tmp_path / "other.jsonl"
+    _jsonl(source)
+    _jsonl(other, ["another text"])
+
+    def run_beside_another(number, part):
+        with pytest.raises(UserError, match="another command is making it"):
+            preprocess(_job(tmp_path, model), [str(other)], 1, overwrite=True)
+        return run(number, part)
+
+    monkeypatch.setattr(preprocessing, "_run_part", run_beside_another)
+    preprocess(_job(tmp_path, model), [str(source)], 1)
+    assert _texts_of(str(tmp_path / "out"), model) == TEXTS
+
+
+def test_a_killed_worker_is_one_line(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(preprocessing, "_run_part", _killed_part)
+    with pytest.raises(UserError, match="--workers 2: one was killed"):
+        preprocess(_job(tmp_path, model), [_jsonl(tmp_path / "in.jsonl")], 2, log=io.StringIO())
+
+
+def _killed_part(number, part):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_parts_made_otherwise_are_not_reused(tmp_path, model):
