@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 
 EXIT_BAD_INPUT = 2
-OTHERS_WAIT = 3.0  # seconds in which launch.py and torchrun end the other ranks once rank 0 has refused
+OTHERS_WAIT = 10.0  # seconds for rank 0 to refuse the same; launch.py and torchrun then end the other ranks
 
 
 class UserError(ValueError):
