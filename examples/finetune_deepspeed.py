@@ -1,20 +1,25 @@
 """Fine-tune an exported model on JSONL chats or texts with DeepSpeed, without Megatron.
 
-    torchrun --nproc-per-node 8 examples/finetune_deepspeed.py --model HF_FOLDER --data chats.jsonl \
+    python examples/finetune_deepspeed.py --nproc-per-node 8 --model HF_FOLDER --data chats.jsonl \
         --out tuned --deepspeed examples/ds_zero2.json
 
-Owns the flags; the work is in megatron_clsa/finetune. A line of the data is {"messages": [{"role": ...,
-"content": ...}, ...]}, of which what the assistant says is learned, or {"text": ...}. The folder `tuned`
-is again a Hugging Face folder with its own code. Exit codes: 0 done, 2 bad input, 1 anything else.
+Owns the flags; the work is in megatron_clsa/finetune. --nproc-per-node is the number of devices of this
+machine; several machines need torchrun, which answers 1 whatever its ranks answer. A line of the data is
+{"messages": [{"role": ..., "content": ...}, ...]}, of which what the assistant says is learned, or
+{"text": ...}. The folder `tuned` is again a Hugging Face folder with its own code. Exit codes: 0 done, 2 bad
+input, 1 anything else.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_clsa.errors import OneLineParser, one_line_errors
+from megatron_clsa.training.launch import launch
 
 
 def _parser() -> OneLineParser:
@@ -54,5 +59,13 @@ def main(words: list[str]) -> None:
     finetune(args)
 
 
+def _leave(code: int) -> NoReturn:
+    """End without the interpreter's own end, which aborts a rank now and then (exit code -6): gloo's thread,
+    freeing the tensors of the last collective, then asks for an interpreter that is no longer there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _leave(launch(main, __file__, sys.argv[1:]))

@@ -7,7 +7,6 @@ examples/finetune_deepspeed.py.
 import json
 import math
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -70,17 +69,6 @@ def finetune(args) -> None:
     if trainer.is_world_process_zero():
         history = [line for line in trainer.state.log_history if "loss" in line]
         (args.out / "training_log.json").write_text(json.dumps(history, indent=1) + "\n")
-    _part_ranks()
-
-
-def _part_ranks() -> None:
-    """Leave together, and without tearing down what DeepSpeed and gloo still hold: their threads abort a
-    rank at the interpreter's end (exit code -6), every second time on a busy machine."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _make(out: Path) -> None:
@@ -123,6 +111,8 @@ def _join_ranks(training: TrainingArguments) -> None:
     import deepspeed
 
     if training.use_cpu:
+        # Its all-reduce for inference: never called here, and it would be compiled now, by a C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
@@ -161,6 +151,8 @@ def _check_deepspeed(path: Path) -> None:
         raise UserError(
             "--deepspeed needs 'pip install deepspeed'; without the flag one device trains"
         ) from None
+    if "RANK" not in os.environ:
+        raise UserError(f"--deepspeed {path} needs ranks: add --nproc-per-node N, or use torchrun")
 
 
 def _open(folder: Path) -> tuple[CLSAConfig, object]:

@@ -1,11 +1,12 @@
 """examples/finetune_deepspeed.py as a user starts it: the folder it leaves, ZeRO-2 and 3, and refusals.
 
-Two gloo ranks on CPU; DeepSpeed where it is installed.
+Two gloo ranks on CPU, started by the script itself or by torchrun.
 """
 
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "evaluate"))
 from eval_folder import write_folder  # noqa: E402
 
-HAVE_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 FLAGS = [
     "--max-length=48",
     "--batch-size=2",
@@ -44,10 +45,7 @@ def data(tmp_path_factory):
     return path
 
 
-def finetune(model, data, out, *words, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = (
-        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
-    )
+def finetune(model, data, out, *words, launcher=()) -> subprocess.CompletedProcess:
     script = [ROOT / "examples" / "finetune_deepspeed.py", "--model", model, "--data", data, "--out", out]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, script), *FLAGS, *map(str, words)],
@@ -66,7 +64,7 @@ def losses(out: Path) -> list[float]:
 def two_ranks(model, data, tmp_path_factory):
     """A run without DeepSpeed that the others must equal."""
     out = tmp_path_factory.mktemp("plain") / "out"
-    run = finetune(model, data, out, "--steps", 4, ranks=2)
+    run = finetune(model, data, out, "--steps", 4, "--nproc-per-node", 2)
     assert run.returncode == 0, run.stderr[-3000:]
     return out
 
@@ -96,21 +94,43 @@ def test_the_indexer_learns_by_default_and_stays_without_its_loss(two_ranks, mod
     assert torch.equal(start, frozen) and not torch.equal(start, tuned)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not HAVE_DEEPSPEED, reason="needs DeepSpeed (pip install deepspeed)")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_takes_the_same_steps(two_ranks, model, data, tmp_path, stage):
-    config = ROOT / "examples" / f"ds_zero{stage}.json"
-    words = ["--steps", 4, "--deepspeed", config, "--save-steps", 2]
-    run = finetune(model, data, tmp_path / "out", *words, ranks=2)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert losses(tmp_path / "out") == pytest.approx(losses(two_ranks), abs=1e-4)
-    assert list((tmp_path / "out" / "checkpoint-2").glob("global_step*/*zero_pp_rank_1*")), (
-        "DeepSpeed was idle"
-    )
-    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", two_ranks))
+def zero(stage: int) -> list:
+    return ["--deepspeed", ROOT / "examples" / f"ds_zero{stage}.json"]
+
+
+def assert_equal(ours: Path, theirs: Path) -> None:
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-4)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4)
+
+
+def test_zero_2_takes_the_same_steps(two_ranks, model, data, tmp_path):
+    out = tmp_path / "out"
+    run = finetune(model, data, out, "--steps", 4, *zero(2), "--save-steps", 4, launcher=TORCHRUN)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert list(out.glob("checkpoint-4/global_step*/*zero_pp_rank_1*")), "DeepSpeed was idle"
+    assert_equal(out, two_ranks)
+
+
+def test_zero_3_takes_the_same_steps_also_when_resumed(two_ranks, model, data, tmp_path):
+    words = ["--steps", 4, *zero(3), "--save-steps", 2, "--nproc-per-node", 2]
+    run = finetune(model, data, tmp_path / "out", *words)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert list(tmp_path.glob("out/checkpoint-2/global_step*/*zero_pp_rank_1*")), "DeepSpeed was idle"
+    assert_equal(tmp_path / "out", two_ranks)
+    (tmp_path / "cut").mkdir()
+    shutil.move(tmp_path / "out" / "checkpoint-2", tmp_path / "cut")
+    run = finetune(model, data, tmp_path / "cut", *words, "--resume")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert_equal(tmp_path / "cut", two_ranks)
+
+
+def test_two_ranks_refuse_in_one_line_and_with_its_exit_code(model, tmp_path):
+    run = finetune(model, "nowhere", tmp_path / "out", *zero(2), "--nproc-per-node", 2)
+    assert run.returncode == 2
+    said = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: --data nowhere: No such file or directory"]
 
 
 def broken_config(folder: Path) -> list:
@@ -130,11 +150,17 @@ def model_of_a_list(folder: Path) -> list:
     return ["--model", folder]
 
 
+def model_of_another_kind(folder: Path) -> list:
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return ["--model", folder]
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (lambda folder: ["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json"),
         (broken_config, "is not JSON"),
+        (lambda folder: zero(2), "add --nproc-per-node"),
         (lambda folder: ["--max-length", "4096"], "--max-length 4096"),
         (lambda folder: ["--accumulate", "0"], "--accumulate 0"),
         (lambda folder: ["--resume"], "has no checkpoint-"),
@@ -151,6 +177,7 @@ def model_of_a_list(folder: Path) -> list:
         (lambda folder: ["--out", folder / "occupied" / "x"], "cannot be written"),
         (cut_model, "cannot be loaded"),
         (model_of_a_list, "cannot be loaded"),
+        (model_of_another_kind, "is a llama model"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(model, data, tmp_path, capsys, words, named):
@@ -162,9 +189,3 @@ def test_bad_input_is_refused_in_one_line(model, data, tmp_path, capsys, words, 
     assert script.main([str(word) for word in given]) == 2
     refusal = capsys.readouterr().err.strip().splitlines()[-1]
     assert refusal.startswith("error: ") and named in refusal, refusal
-
-
-def test_another_architecture_is_refused(data, tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    run = finetune(tmp_path, data, tmp_path / "out")
-    assert run.returncode == 2 and "is a llama model" in run.stderr.strip().splitlines()[-1]
