@@ -58,8 +58,8 @@ def test_a_rank_that_dies_is_a_failure_of_its_layout_only():
 def test_a_rank_that_hangs_is_named_and_ended():
     ranks = Ranks(2)
     assert ranks.everywhere(len, "one") == [3, 3]
-    ranks.limit = 3.0
-    with pytest.raises(AssertionError, match=r"ranks \[1\] of 2 did not answer in 3 s"):
+    ranks.limit = 10.0  # rank 0 answers in that on a busy machine
+    with pytest.raises(AssertionError, match=r"ranks \[1\] of 2 did not answer in 10 s"):
         ranks.everywhere(rank_1_waits)
     ranks.limit = 240.0
     assert ranks.everywhere(len, "one") == [3, 3]
