@@ -9,6 +9,8 @@ would be the first token of an unrelated document. Megatron leaves both off unle
 contract here, because a loss over a boundary that attention may not cross can only learn noise.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_clsa.data.indexed import fingerprint
 from megatron_clsa.data.validation import blends_of, prefixes_of
+from megatron_clsa.errors import UserError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 # Megatron's batch helpers read these, of kinds of batch that are not made here.
@@ -79,9 +82,23 @@ def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | N
         return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(
-        kind, num_samples, reads_data, dataset_config(args, get_tokenizer())
-    ).build()
+    config = dataset_config(args, get_tokenizer())
+    with _unwritable_cache_named(config.path_to_cache):
+        return BlendedMegatronDatasetBuilder(kind, num_samples, reads_data, config).build()
+
+
+@contextlib.contextmanager
+def _unwritable_cache_named(folder: str | None) -> Iterator[None]:
+    """Rank 0 writes the indices beside the data, which on a cluster few may write."""
+    try:
+        yield
+    except Exception as error:  # Megatron wraps the reason in a bare Exception
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError) or folder is None:
+            raise
+        raise UserError(
+            f"--data-cache-path {folder}: {reason.strerror}; give a folder that you may write to"
+        ) from error
 
 
 train_valid_test_datasets_provider.is_distributed = True  # asks Megatron to call it on every rank

@@ -8,7 +8,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from tests_data import END, write_documents
 
+from megatron_clsa.data import provider
 from megatron_clsa.data.provider import dataset_config
+from megatron_clsa.errors import UserError
 
 
 def _build(arguments, tokenizer, sizes=(40, 0, 0)):
@@ -74,3 +76,15 @@ def test_data_made_again_under_one_name_gets_new_indices(tmp_path, tokenizer, da
     write_documents(tmp_path / "a", _documents(5, first=50))
     train, _, _ = _build(data_arguments(prefix), tokenizer)
     assert {int(t) for i in range(20) for t in train[i]["tokens"]} <= {50, 51, 52, 53, 54, END}
+
+
+def test_indices_that_cannot_be_written_name_the_flag(tmp_path, tokenizer, data_arguments, monkeypatch):
+    """Data that all may read and few may write is usual on a cluster; Megatron names none of our flags."""
+    prefix = write_documents(tmp_path / "a", _documents(30))
+    arguments = data_arguments(prefix, data_cache_path="/dev/null/cache")
+    monkeypatch.setattr(provider, "get_args", lambda: arguments)
+    monkeypatch.setattr(provider, "get_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(provider.mpu, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(provider, "is_first_or_last_pipeline_stage", lambda stage: True)
+    with pytest.raises(UserError, match=r"--data-cache-path /dev/null/cache.*: Not a directory"):
+        provider.train_valid_test_datasets_provider([40, 0, 0])
