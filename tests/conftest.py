@@ -5,6 +5,9 @@ Orders the files, too: the long ones first.
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of one worker would wait for cores that another has
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch starts, hence before the imports below
+
 import pytest
 import torch
 
@@ -13,13 +16,15 @@ if not torch.cuda.is_available():  # read when a kernel is decorated, hence befo
 
 import megatron_clsa.parallel.cpu  # noqa: F401
 
-# Files that take minutes; first, so that parallel workers end together (run.sh keeps xdist to this order).
+# Files that take a minute or more; first, so that workers end together (run.sh keeps xdist to this order).
 LONG = (
-    "test_runs.py",
+    "test_indexer_topk_triton.py",
     "test_layouts.py",
-    "test_teacher_runs.py",
-    "test_checkpoints.py",
-    "test_dense_families.py",
+    "test_runs.py",
+    "test_slurm.py",
+    "test_guards.py",
+    "test_sparse_attention.py",
+    "test_finetune.py",
 )
 
 
