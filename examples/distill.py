@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.training.launch import launch, train
+from megatron_clsa.launch import launch, train
 
 if __name__ == "__main__":
     sys.exit(launch(train, __file__, sys.argv[1:]))

@@ -19,7 +19,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_clsa.errors import OneLineParser, one_line_errors
-from megatron_clsa.training.launch import launch
+from megatron_clsa.launch import launch
 
 
 def _parser() -> OneLineParser:

@@ -19,9 +19,9 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.errors import UserError
 from megatron_clsa.estimate.speed import Machine
+from megatron_clsa.launch import FLAG
 from megatron_clsa.training.foreign_flags import refuse_foreign_flags
 from megatron_clsa.training.guards import POLICIES, GuardSettings
-from megatron_clsa.training.launch import FLAG
 from megatron_clsa.training.recipe import Phase, Recipe, flag_words, unknown_key
 from megatron_clsa.training.teacher_flags import add_teacher_group
 

@@ -38,7 +38,7 @@ def _recipe(start: Path, dense: Path) -> Path:
 
 def _walk(folder: Path, family: str, groups: int, tied: bool) -> int:
     """Every step must succeed; returns the number of tokens that the exported model wrote."""
-    from megatron_clsa.training.launch import train
+    from megatron_clsa.launch import train
 
     dense, start, run = folder / "dense", folder / "start", folder / "run"
     dense_model(family, groups, tied).save_pretrained(dense)

@@ -4,9 +4,9 @@ import gc
 import sys
 
 import megatron_clsa.parallel.cpu  # noqa: F401
+from megatron_clsa.launch import launch, train
 from megatron_clsa.model.clsa_model import CLSAModel
 from megatron_clsa.training import run
-from megatron_clsa.training.launch import launch, train
 
 original = run._announce
 

@@ -3,8 +3,8 @@
 import sys
 
 import megatron_clsa.parallel.cpu  # noqa: F401
+from megatron_clsa.launch import launch, train
 from megatron_clsa.training import durable
-from megatron_clsa.training.launch import launch, train
 
 durable._free = lambda folder: 1 << 60
 if __name__ == "__main__":

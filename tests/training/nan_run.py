@@ -4,8 +4,8 @@ import os
 import sys
 
 import megatron_clsa.parallel.cpu  # noqa: F401
+from megatron_clsa.launch import launch, train
 from megatron_clsa.training import step
-from megatron_clsa.training.launch import launch, train
 
 original, calls = step.loss_parts, 0
 

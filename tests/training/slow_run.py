@@ -5,8 +5,8 @@ import sys
 import time
 
 import megatron_clsa.parallel.cpu  # noqa: F401
+from megatron_clsa.launch import launch, train
 from megatron_clsa.training import step, straggler
-from megatron_clsa.training.launch import launch, train
 
 straggler.WINDOW = 2
 original = step.run_stage

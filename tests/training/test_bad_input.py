@@ -13,7 +13,7 @@ from runs import TINY, command, distill, run
 
 import megatron_clsa.training.run as training_run
 from megatron_clsa.convert.architecture import Architecture
-from megatron_clsa.training.launch import launch
+from megatron_clsa.launch import launch
 from megatron_clsa.training.run import main
 
 TOKENIZER = "--tokenizer-type=SentencePieceTokenizer"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_recipe_and_flags import RECIPE
 
+from megatron_clsa.launch import launch
 from megatron_clsa.training.arguments import parse_command
-from megatron_clsa.training.launch import launch
 from megatron_clsa.training.plan import check_gate, make_plan
 from megatron_clsa.training.recipe import load_recipe
 from megatron_clsa.training.run import main

@@ -3,7 +3,7 @@
 import pytest
 from runs import TINY, command
 
-from megatron_clsa.training.launch import launch
+from megatron_clsa.launch import launch
 from megatron_clsa.training.run import main
 
 

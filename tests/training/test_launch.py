@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from megatron_clsa import launch
 from megatron_clsa.errors import UserError
-from megatron_clsa.training import launch
 
 RANK = "import os, sys, time, signal; rank = int(os.environ['RANK'])\n"
 
@@ -87,7 +87,7 @@ def test_ctrl_c_is_one_line_however_many_ranks(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, time\n"
-        "from megatron_clsa.training.launch import launch\n"
+        "from megatron_clsa.launch import launch\n"
         "def main(words):\n"
         "    print('up', flush=True)\n"
         "    time.sleep(20)\n"

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from teachers import save_teacher
 
 from megatron_clsa.errors import UserError
+from megatron_clsa.launch import launch
 from megatron_clsa.training import teacher_checks
 from megatron_clsa.training.arguments import parse_command
-from megatron_clsa.training.launch import launch
 from megatron_clsa.training.plan import make_plan
 from megatron_clsa.training.recipe import load_recipe
 from megatron_clsa.training.run import main
