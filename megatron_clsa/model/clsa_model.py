@@ -24,7 +24,7 @@ from megatron_clsa.model.forward_mode import ForwardMode
 from megatron_clsa.model.layer_specs import CLSASpec
 from megatron_clsa.model.shared_memory import MemoryProjection, gather_memory
 from megatron_clsa.parallel.context import local_positions
-from megatron_clsa.parallel.pipeline import StageState, pack, unpack
+from megatron_clsa.parallel.pipeline import MemoryShard, StageState, pack, unpack
 
 
 class CLSAModel(LanguageModule):
@@ -153,21 +153,21 @@ class CLSAModel(LanguageModule):
             if loss_mask is not None:
                 documents = torch.where(loss_mask.bool(), documents, -1 - documents)
             return StageState(self.embedding(tokens, position_ids), documents)
-        packet = self.input_tensor
-        if self.config.trainable != "indexer":
-            return unpack(packet, self.config, mode, self.starts_after_memory, self.tp_group)
-        state = unpack(packet, self.config, mode, self.starts_after_memory, self.tp_group)
-        return self._cut_frozen_backbone(state)
+        state = unpack(self.input_tensor, self.config, mode, self.starts_after_memory, self.tp_group)
+        return self._cut_frozen_backbone(state) if self.config.trainable == "indexer" else state
 
     def _cut_frozen_backbone(self, state: StageState) -> StageState:
         """Only Q_idx and K_idx train: nothing else that arrived may start a graph."""
         shard = state.shard
         if shard is not None:
-            shard = type(shard)(shard.kv.detach(), shard.idx, shard.index)
+            shard = MemoryShard(shard.kv.detach(), shard.idx, shard.index)
         return StageState(state.hidden.detach(), state.documents, shard, state.carrier, state.kd_sum)
 
     def _visible_rows(self, documents: Tensor) -> tuple[RowRange, Tensor]:
-        """Decode `StageState.documents` into the visible range and the counted rows."""
+        """`StageState.documents` as each row's first and last visible position, and the counted rows.
+
+        All are `[b, s/cp]`; positions count over the whole sequence.
+        """
         counted = documents >= 0
         end = local_positions(documents.size(1), self.cp_group, documents.device).to(torch.int32)
         start = torch.where(counted, documents, -1 - documents)

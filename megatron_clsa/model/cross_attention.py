@@ -87,7 +87,7 @@ class CLSACrossAttention(MegatronModule):
         key_value_states: CrossContext = None,
         inference_context=None,
     ):
-        """`[s/tp, b, H] -> ([s/tp, b, H], None)`; fills `key_value_states.kd_sum` when the mode asks."""
+        """`[s/cp/tp, b, H] -> ([s/cp/tp, b, H], None)`; fills `kd_sum` of the context if asked."""
         query, _ = self.linear_q(hidden_states)
         query = query.unflatten(-1, (-1, self.head_dim))
         if self.config.cross_qk_norm:
@@ -96,7 +96,7 @@ class CLSACrossAttention(MegatronModule):
         return self.linear_proj(output.transpose(0, 1).flatten(2))
 
     def _attend(self, query: Tensor, context: CrossContext) -> Tensor:
-        """`[b, s, h/tp, d] -> [b, s, h/tp, d]`."""
+        """`[b, s/cp, h/tp, d] -> [b, s/cp, h/tp, d]`."""
         memory, mode = context.memory, context.mode
         scale = self.head_dim**-0.5
         if mode.cross_attention == "sparse":
@@ -112,7 +112,14 @@ class CLSACrossAttention(MegatronModule):
         return output
 
     def _kd_sum(self, query: Tensor, lse: Tensor, context: CrossContext, scale: float) -> Tensor:
-        """Cross-entropy of the index against this layer's attention; gradient to Q_idx and K_idx only."""
+        """Cross-entropy of the index against this layer's attention; gradient to Q_idx and K_idx only.
+
+        Args:
+            query: `[b, s/cp, h/tp, d]`.
+            lse: `[b, h/tp, s/cp]` fp32, log of the attention's denominator on the keys that it read.
+        Returns:
+            Scalar fp32, summed over the counted rows and this rank's heads.
+        """
         memory, mode = context.memory, context.mode
         query, key = query.detach(), memory.key.detach()
         selected = mode.kd_loss == "selected"

@@ -47,7 +47,7 @@ class CLSADecoder(MegatronModule):
     def run_self_layers(
         self, hidden_states: Tensor, rows: Tensor, rotary_pos_emb: Tensor, mode: ForwardMode
     ) -> Tensor:
-        """`[s/tp, b, H] -> [s/tp, b, H]`. rows: `[2, b, s]` visible range of each query."""
+        """`[s/cp/tp, b, H]` before and after. rows: `[2, b, s/cp]`, first and last visible position."""
 
         def run(layers: Sequence[nn.Module], hidden_states: Tensor, rows: Tensor) -> Tensor:
             for layer in layers:
@@ -62,7 +62,7 @@ class CLSADecoder(MegatronModule):
     def run_cross_layers(
         self, hidden_states: Tensor, memory: SharedMemory, mode: ForwardMode, kd_sum: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`[s/tp, b, H]` and the distillation sum so far, both after this stage's cross-decoder layers."""
+        """`[s/cp/tp, b, H]` and the distillation sum so far, both after this stage's cross-decoder layers."""
 
         # Arguments, not closures: re-entrant recompute returns gradients to its arguments only.
         def run(layers, hidden_states, kd_sum, key, value, q_idx, k_idx):

@@ -37,7 +37,7 @@ class Indexer(MegatronModule):
         return linear
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[s/tp, b, H] -> [s/tp, b, 2 d_idx]`: Q_idx and K_idx side by side: one gather moves both."""
+        """`[s/cp/tp, b, H] -> [s/cp/tp, b, 2 d_idx]`: Q_idx and K_idx side by side: one gather moves both."""
         if self.config.indexer_detach_input:
             hidden_states = hidden_states.detach()
         query, key = self.linear_q(hidden_states), self.linear_k(hidden_states)

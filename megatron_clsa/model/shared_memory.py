@@ -82,7 +82,7 @@ class MemoryProjection(MegatronModule):
         self.indexer = Indexer(config, submodules.norm)
 
     def forward(self, hidden_states: Tensor, mode: ForwardMode) -> MemoryShard:
-        """`[s/tp, b, H]` (s: this context-parallel rank's rows) to this rank's shard, index not yet made."""
+        """`[s/cp/tp, b, H]` to this rank's shard, index not yet made."""
         normed = self.norm(hidden_states)
         kv, _ = self.linear_kv(normed)
         if self.config.cross_qk_norm:
@@ -118,7 +118,14 @@ def gather_memory(
 
 
 def _gather_context(kv: Tensor, k_idx: Tensor | None, cp_group, head_dim: int):
-    """One all-gather over context-parallel ranks moves K, V and K_idx together."""
+    """One all-gather over context-parallel ranks moves K, V and K_idx together.
+
+    Args:
+        kv: `[s/cp, b, g/tp * 2 * d]`, per group K then V.
+        k_idx: `[s/cp, b, d_idx]` or None.
+    Returns:
+        Key and value `[b, s, g/tp, d]`, K_idx `[b, s, d_idx]` or None.
+    """
     parts = [kv] if k_idx is None else [kv, k_idx]
     gathered = gather_sequence(torch.cat(parts, dim=-1) if len(parts) > 1 else kv, cp_group)
     frozen = not kv.requires_grad
@@ -131,7 +138,10 @@ def _gather_context(kv: Tensor, k_idx: Tensor | None, cp_group, head_dim: int):
 
 @torch.no_grad()
 def _index_own_rows(q_idx: Tensor, k_idx: Tensor, rows: RowRange, config, tp_group) -> Tensor:
-    """`[s/cp/tp, b, k]`: this rank scores only its own query rows; no gradient passes through top-k."""
+    """This rank scores only its own query rows; no gradient passes through top-k.
+
+    q_idx `[b, s/cp, d_idx]`, k_idx `[b, s, d_idx]` -> `[s/cp/tp, b, k]` int32.
+    """
     own_query = split_rows(q_idx.transpose(0, 1), tp_group).transpose(0, 1)
     own_rows = RowRange(*(split_rows(x.t(), tp_group).t() for x in (rows.start, rows.end)))
     index = dispatch.topk_index(own_query.contiguous(), k_idx.contiguous(), own_rows, config.index_topk)

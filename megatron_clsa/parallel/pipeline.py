@@ -3,8 +3,8 @@
 Megatron's schedules back-propagate through the first output of a stage only, so everything rides in one
 `[s/cp/tp, b, width]` tensor and autograd carries dK, dV, dQ_idx and dK_idx back with the hidden states:
 
-    before the memory:  hidden | rows
-    after it:           hidden | rows | carrier | kd | K, V of this rank's heads | Q_idx, K_idx | index
+    before the memory:  hidden | documents
+    after it:           hidden | documents | carrier | kd | K, V of this rank's heads | Q_idx, K_idx | index
 
 Integers and the fp32 loss value are bit-cast to the pipeline's dtype and never pass through arithmetic.
 Owns the packing only; which parts exist follows from the forward mode on both sides of the link.
