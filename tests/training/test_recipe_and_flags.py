@@ -89,7 +89,8 @@ def test_phases_flag_chooses_a_subset(tmp_path):
         (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0"]),
         (["--keep-last", "0"], ["--keep-last 0"]),
         (["--keep-every", "2"], ["--keep-every 2", "--keep-last"]),
-        (["--spike-factor", "0"], ["--spike-factor 0"]),
+        (["--spike-factor", "1"], ["--spike-factor 1"]),
+        (["--straggler-factor", "0.9"], ["--straggler-factor 0.9"]),
         (["--dry-run", "-3"], ["--dry-run -3"]),
         (["--phases", ","], ["--phases", "short, sparse"]),
         (["--seed", "4294967295"], ["--seed 4294967295", "2^31"]),
@@ -145,7 +146,8 @@ def test_layout_that_cannot_hold_the_model_is_refused(tmp_path, words, ranks, na
 
 
 def test_each_range_is_a_flags():
-    names = (*ranges.POSITIVE, *ranges.NOT_NEGATIVE, *ranges.SHARES, *ranges.SEEDS)
+    tables = (ranges.POSITIVE, ranges.NOT_NEGATIVE, ranges.SHARES, ranges.SEEDS)
+    names = sum(tables, ranges.ABOVE_ONE + ranges.ABOVE_ONE_OR_NONE)
     unknown = [name for name in names if ranges.flag_of(name) not in build_parser()._option_string_actions]
     assert not unknown and len(set(names)) == len(names)
 
