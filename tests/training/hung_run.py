@@ -6,7 +6,8 @@ Starting takes as long as it takes on a busy machine; only from then on is the s
 import sys
 
 import megatron_clsa.parallel.cpu  # noqa: F401
-from megatron_clsa import launch, watchdog
+from megatron_clsa import launch
+from megatron_clsa.training import watchdog
 
 launch.GRACE_SECONDS = 1
 watchdog._PULSE_SECONDS, watchdog._ANSWER_SECONDS = 0.5, 3.0
