@@ -8,6 +8,7 @@ Axes: b batch, s sequence, h query heads, g KV heads, d head dim.
 import torch
 from torch import Tensor
 
+from megatron_clsa.kernels.device import on_hopper
 from megatron_clsa.kernels.flash import segments
 from megatron_clsa.kernels.rows import RowRange
 
@@ -32,13 +33,12 @@ def plain_causal(rows: RowRange, num_queries: int, num_keys: int) -> bool:
 def supported(query: Tensor, key: Tensor, rows: RowRange) -> bool:
     """Whether cuDNN serves; where torch is asked for deterministic algorithms, only `flash.py` obeys."""
     return (
-        query.is_cuda
+        on_hopper(query)
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= LARGEST_HEAD_DIM
         and query.shape[1] % ROWS_MULTIPLE == 0
         and not torch.are_deterministic_algorithms_enabled()
-        and torch.cuda.get_device_capability(query.device)[0] == 9
         and torch.backends.cudnn.is_available()
         and plain_causal(rows, query.shape[1], key.shape[1])
     )

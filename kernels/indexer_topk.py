@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_clsa.kernels.device import on_hopper
 from megatron_clsa.kernels.rows import RowRange
 from megatron_clsa.kernels.topk_collect import choose, collect
 from megatron_clsa.kernels.topk_collect_hopper import collect_hopper
@@ -45,9 +46,7 @@ def supported(q_idx: Tensor, k: int) -> bool:
 
 def _on_hopper(q_idx: Tensor) -> bool:
     """Whether the streaming pass has a version of its own for this chip and these vectors."""
-    if not q_idx.is_cuda or q_idx.dtype == torch.float32 or q_idx.shape[-1] not in (32, 64, 128, 256):
-        return False
-    return torch.cuda.get_device_capability(q_idx.device) == (9, 0)
+    return on_hopper(q_idx) and q_idx.dtype != torch.float32 and q_idx.shape[-1] in (32, 64, 128, 256)
 
 
 def exact_tile(dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from megatron_clsa.kernels.device import on_hopper
 from megatron_clsa.kernels.plan import BLOCK, KeyGradientChunk, UnionPlan
 from megatron_clsa.kernels.union_backward import row_products, sum_rows, union_backward
 from megatron_clsa.kernels.union_backward_hopper import union_backward_hopper
@@ -91,8 +92,7 @@ def _on_hopper(*tensors: Tensor, rows: int) -> bool:
     """Whether the walk for Hopper takes these tensors: half precision, 64 rows, copies of 16 bytes."""
     first = tensors[0]
     return (
-        first.is_cuda
-        and torch.cuda.get_device_capability(first.device)[0] == 9
+        on_hopper(first)
         and first.dtype in (torch.bfloat16, torch.float16)
         and first.shape[3] in (64, 128)
         and rows == 64
@@ -106,11 +106,6 @@ def _descriptor(scratch: Tensor) -> TensorDescriptor:
     element = gl.bfloat16 if scratch.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(block, element)
     return TensorDescriptor.from_tensor(rows, block, layout)
-
-
-def _gluon(constants: dict) -> dict:
-    """Without what only fp32 products need."""
-    return {name: constant for name, constant in constants.items() if name != "PRECISION"}
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -189,21 +184,19 @@ def _attend_backward(
     ]
     widest = max(chunk.rows[1] - chunk.rows[0] for chunk in chunks)
     scratch = torch.empty(widest, g, 2, d, dtype=query.dtype, device=query.device)
-    launch = WALK if constants["R"] * constants["D"] <= 64 * 128 else Launch(8, 1)
     together = math.gcd(g, max(1, _SUM_WIDTH // (2 * d)))  # powers of two: the dims are
-    hopper = _on_hopper(query, key, value, dout, rows=constants["R"])
+    if _on_hopper(query, key, value, dout, rows=constants["R"]):
+        walk, rows, options = union_backward_hopper, _descriptor(scratch), {"num_warps": 4}
+        del constants["PRECISION"]  # of fp32 products
+    else:
+        walk, rows = union_backward, scratch
+        launch = WALK if constants["R"] * constants["D"] <= 64 * 128 else Launch(8, 1)
+        options = {"STAGES": launch.stages, "num_warps": launch.warps}
+    walked = (query, key, value, dout, keys, members, offsets, lse, delta, dquery, rows, scale)
+    shape = (triton.cdiv(sq, queries), sq, *_strides(query, key, value, dout))
     for chunk in chunks:
         (t0, t1), (p0, _) = chunk.tiles, chunk.rows
-        walked = (query, key, value, dout, keys, members, offsets, lse, delta, dquery)
-        where = (scale, t1, p0, triton.cdiv(sq, queries), sq, *_strides(query, key, value, dout))
-        if hopper:
-            union_backward_hopper[(t1 - t0, g)](
-                *walked, _descriptor(scratch), *where, num_warps=4, **_gluon(constants)
-            )
-        else:
-            union_backward[(t1 - t0, g)](
-                *walked, scratch, *where, STAGES=launch.stages, num_warps=launch.warps, **constants
-            )
+        walk[(t1 - t0, g)](*walked, t1, p0, *shape, **options, **constants)
         sum_rows[(b * sk, g // together)](
             scratch, chunk.key_offsets, chunk.entries, total, WIDTH=together * 2 * d, BLOCK=SUM_BLOCK,
             num_warps=SUM_WARPS,

@@ -88,8 +88,8 @@ def _layers(config: TransformerConfig, clsa_config, impl: str, vp_stage):
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def build_gpt(layout: Layout, case: Case, overlap: bool = False) -> list:
-    """Model chunks of this rank, wrapped in DDP with the distributed optimizer's buffers."""
+def build_gpt(layout: Layout, case: Case) -> list:
+    """Model chunks of this rank in DDP with the distributed optimizer, whose exchange overlaps."""
     config, work = _config(layout, case), case.work
 
     def one_stage(pg_collection, pre_process=None, post_process=None, vp_stage=None):
@@ -110,12 +110,11 @@ def build_gpt(layout: Layout, case: Case, overlap: bool = False) -> list:
         one_stage,
         config,
         ProcessGroupCollection.use_mpu_process_groups(),
-        ddp_config(True, overlap),
+        ddp_config(True, True),
         mixed_precision_wrapper=Float16Module if config.bf16 else None,
     )
     config.finalize_model_grads_func = finalize_model_grads
-    if overlap:
-        hold_sync(config, models)
+    hold_sync(config, models)
     return models
 
 

@@ -7,7 +7,6 @@ Owns the clock, the trace of collectives and the two single exchanges; what is t
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,8 +27,7 @@ class Trainee:
 
     def __init__(self, layout: Layout, case: Case, dense: bool):
         self.layout, self.case = layout, case
-        make = partial(build_gpt, layout, case) if dense else partial(build, layout, case, True)
-        self.models = make(overlap=True)
+        self.models = build_gpt(layout, case) if dense else build(layout, case, True, overlap=True)
         self.extra = (gpt_step,) if dense else ()
         _draw(self.models)
         self.optimizer = _optimizer(self.models, case)
