@@ -1,4 +1,4 @@
-"""The one exception for bad user input; entry scripts turn it into one line and exit code 2.
+"""Bad user input: its one exception, which entry scripts turn into one line and exit code 2; say().
 
 Owns no checks: each check lives where the value enters.
 """
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
+from typing import TextIO
 
 EXIT_BAD_INPUT = 2
 OTHERS_WAIT = 10.0  # seconds for rank 0 to refuse the same; launch.py and torchrun then end the other ranks
@@ -17,6 +18,16 @@ OTHERS_WAIT = 10.0  # seconds for rank 0 to refuse the same; launch.py and torch
 
 class UserError(ValueError):
     """A value that the user gave cannot be used. The message names the flag or file and the remedy."""
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, on stderr by default, in one write, so that it stays whole in a log that ranks share.
+
+    print() writes the line and its end apart under PYTHONUNBUFFERED, which slurm/lib.sh sets.
+    """
+    stream = stream or sys.stderr
+    stream.write(line + "\n")
+    stream.flush()
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -37,7 +48,7 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            _say(" ".join(str(error).split()), os.environ.get("RANK", "0"))
+            _refuse(" ".join(str(error).split()), os.environ.get("RANK", "0"))
             return EXIT_BAD_INPUT
         except KeyboardInterrupt:
             return _end_by_ctrl_c()
@@ -48,16 +59,16 @@ def one_line_errors(main: Callable[..., int | None]) -> Callable[..., int]:
 def _end_by_ctrl_c() -> int:
     """One line, then the signal's own end, by which a shell knows that its script or loop is to stop too."""
     if "RANK" not in os.environ:  # who started the ranks says so
-        print("error: stopped by Ctrl-C; what was complete is kept", file=sys.stderr, flush=True)
+        say("error: stopped by Ctrl-C; what was complete is kept")
     sys.stdout.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
     return 128 + signal.SIGINT
 
 
-def _say(line: str, rank: str) -> None:
+def _refuse(line: str, rank: str) -> None:
     """Most refusals are every rank's and rank 0 says so; one that a rank meets alone must be heard too."""
     if rank != "0":
         time.sleep(OTHERS_WAIT)
         line = f"rank {rank} on {os.uname().nodename}: {line}"
-    print("error:", line, file=sys.stderr, flush=True)
+    say(f"error: {line}")

@@ -1,5 +1,6 @@
 """Which rank says a refusal: `megatron_clsa.errors` without a run around it."""
 
+import io
 import os
 
 from megatron_clsa import errors
@@ -18,3 +19,18 @@ def test_rank_0_speaks_at_once_and_the_others_after_it(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         assert refuse() == 2
         assert capsys.readouterr().err == f"error: {named}--seed -1\n" and waits == waited
+
+
+def test_a_line_is_one_write_so_that_ranks_do_not_cut_each_others():
+    class Writes(io.StringIO):
+        def __init__(self):
+            super().__init__()
+            self.parts = []
+
+        def write(self, text):
+            self.parts.append(text)
+            return super().write(text)
+
+    stream = Writes()
+    errors.say("rank 1 is slow", stream)
+    assert stream.parts == ["rank 1 is slow\n"]

@@ -6,7 +6,6 @@ of another architecture. Reading and writing the files themselves is megatron.tr
 
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from megatron.training import get_args
 
 from megatron_clsa.convert import manifest
 from megatron_clsa.convert.checkpoint import TRACKER, load_index
-from megatron_clsa.errors import UserError
+from megatron_clsa.errors import UserError, say
 from megatron_clsa.parallel.cpu import param_groups_of_any_schedule
 
 
@@ -130,7 +129,7 @@ class Loader:
 
     def _say(self, message: str) -> None:
         if self.rank == 0:
-            print(message, file=sys.stderr, flush=True)
+            say(message)
 
 
 def _index_fault(folder: Path) -> str | None:

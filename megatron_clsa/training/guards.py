@@ -6,12 +6,13 @@ of the bad step. The recent mean lives in memory: a resumed run collects it anew
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.training.async_utils import maybe_finalize_async_save
+
+from megatron_clsa.errors import say
 
 POLICIES = ("stop", "skip", "rollback")
 MEMORY = 0.95  # share of the old mean that a step keeps
@@ -157,4 +158,4 @@ def _finite_gradients(model) -> bool:
 
 def _warn(text: str, kind: str = "WARNING") -> None:
     if dist.get_rank() == 0:
-        print(f"{kind}: {text}", file=sys.stderr, flush=True)
+        say(f"{kind}: {text}")

@@ -4,7 +4,6 @@ Recipe, flags and OUT/run.json together. Owns the run's state file and the cover
 """
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -13,7 +12,7 @@ from pathlib import Path
 from megatron_clsa.config import CLSAConfig
 from megatron_clsa.convert.architecture import Architecture, check_same_architecture, read_architecture
 from megatron_clsa.convert.checkpoint import TRACKER
-from megatron_clsa.errors import UserError
+from megatron_clsa.errors import UserError, say
 from megatron_clsa.training.arguments import parse_phase
 from megatron_clsa.training.checkpoint import Origin, newest_step
 from megatron_clsa.training.metrics import PhasePosition
@@ -149,11 +148,7 @@ def check_gate(run: PhaseRun, state: RunState, ignore: bool) -> None:
     if not ignore:
         raise UserError(f"{message}: train the indexer longer, or pass --ignore-coverage-gate")
     if run.args.rank == 0:
-        print(
-            f"WARNING: {message}; entering it all the same (--ignore-coverage-gate)",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"WARNING: {message}; entering it all the same (--ignore-coverage-gate)")
 
 
 def check_origin(origin: Origin, run: PhaseRun) -> None:

@@ -5,11 +5,13 @@ metrics.py and evaluation.py. Megatron's own line of the same step is left out.
 """
 
 import datetime
+import sys
 from argparse import Namespace
 
 import torch
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
+from megatron_clsa.errors import say
 from megatron_clsa.estimate import flops
 from megatron_clsa.estimate.shape import RunShape
 from megatron_clsa.estimate.speed import peak_tflops_of
@@ -61,14 +63,14 @@ class Progress:
         last, now = self.step_time, record["step_time"]
         self.step_time = now if last is None or record["phase_step"] <= 2 else 0.9 * last + 0.1 * now
         if record["phase_step"] % self.log_interval == 0 or record["phase_step"] == self.total_steps:
-            print(self.line(record), flush=True)
+            say(self.line(record), sys.stdout)
 
     def evaluation(self, record: dict) -> None:
         """An evaluation's line."""
         self.coverage = record.get("attention_coverage", self.coverage)
         names = ("valid_lm_loss", "attention_coverage", "oracle_coverage", "exact_kl", "valid_teacher_kl")
         parts = [f"{name} {record[name]:.4f}" for name in names if record.get(name) is not None]
-        print(f"evaluation at step {record['step']} {record['phase']} | {' | '.join(parts)}", flush=True)
+        say(f"evaluation at step {record['step']} {record['phase']} | {' | '.join(parts)}", sys.stdout)
 
     def line(self, record: dict) -> str:
         """Step, phase, losses, coverage, speed, memory and the time that this phase still takes."""

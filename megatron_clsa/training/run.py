@@ -28,7 +28,7 @@ from megatron.training.training import destroy_global_state
 from megatron_clsa.convert.architecture import Architecture, check_same_architecture, read_architecture
 from megatron_clsa.convert.checkpoint import load_index
 from megatron_clsa.data.provider import train_valid_test_datasets_provider
-from megatron_clsa.errors import UserError
+from megatron_clsa.errors import UserError, say
 from megatron_clsa.model.builder import CLSAModelConfig
 from megatron_clsa.parallel.checkpoint_io import refuse_pickles
 from megatron_clsa.parallel.cpu import patch_training, wrap_save, wrap_training
@@ -190,7 +190,7 @@ def _run_once(run: PhaseRun, plan: RunPlan, store: dist.Store, bad_steps: list[i
             raise SystemExit(left.code or EXIT_FAILED) from None
         return None
     except torch.OutOfMemoryError as error:
-        print(memory_advice(error, run.args.rank), file=sys.stderr, flush=True)
+        say(memory_advice(error, run.args.rank))
         raise SystemExit(EXIT_FAILED) from None
     finally:
         watchdog.stop()
@@ -287,7 +287,7 @@ def _announce(run: PhaseRun, origin: Origin):
     how = f"resuming at step {origin.step}" if origin.step else f"from {source}"
     moments = " with optimizer moments" if origin.moments else ""
     length = f"{run.steps} steps of {run.args.seq_length} tokens a sequence"
-    print(f"phase {run.phase.number} {run.phase.name}: {length}, {how}{moments}", flush=True)
+    say(f"phase {run.phase.number} {run.phase.name}: {length}, {how}{moments}", sys.stdout)
 
 
 def _tear_down():

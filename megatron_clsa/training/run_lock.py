@@ -7,7 +7,6 @@ systems ignore it or hang. Clocks are not compared: a hold is dead if its stamp 
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 import uuid
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_clsa.errors import UserError
+from megatron_clsa.errors import UserError, say
 
 NAME = "run.lock"
 EXIT_LOST = 1
@@ -73,7 +72,7 @@ class RunLock:
             held = _read(self.path)
             if held and held["token"] != self.token:
                 # Suspended for so long that another job took over: two writers would ruin both.
-                print(f"error: {_refusal(self.path, held)}", file=sys.stderr, flush=True)
+                say(f"error: {_refusal(self.path, held)}")
                 os._exit(EXIT_LOST)
             with contextlib.suppress(OSError):
                 os.utime(self.path)  # needs no room on a full disk
@@ -157,9 +156,7 @@ def _is_dead(held: dict, path: Path) -> bool:
         job, _, restart = held["job"].partition(" ")
         if mine["job"].partition(" ")[0] == job and mine["job"].partition(" ")[2] != restart:
             return True  # Slurm runs a job once: what it ran before the requeue has ended
-    print(
-        f"{path}: held by {_name(held)}; looking for {_DEAD_SECONDS:.0f} s whether it lives", file=sys.stderr
-    )
+    say(f"{path}: held by {_name(held)}; looking for {_DEAD_SECONDS:.0f} s whether it lives")
     return _stands_still(path)
 
 

@@ -11,7 +11,6 @@ called from the training script; nvidia-resiliency-ext is a package of its own a
 
 import os
 import statistics
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+
+from megatron_clsa.errors import say
 
 WINDOW = 10  # steps between comparisons
 PATIENCE = 3  # slow windows in a row before a rank is named; then it is named again each time that many pass
@@ -119,7 +120,7 @@ class StragglerReport:
         seconds, data, stages = torch.stack(every).T.tolist()
         named = self.verdict.judge(seconds, [int(stage) for stage in stages])
         if named and self.rank == 0:
-            print(self._line(step, named, seconds, data), file=sys.stderr, flush=True)
+            say(self._line(step, named, seconds, data))
 
     def _line(self, step: int, named: dict[int, float], seconds: list[float], data: list[float]) -> str:
         parts = []

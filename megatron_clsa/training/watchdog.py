@@ -17,6 +17,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_clsa.errors import say
+
 EXIT_HANGS = 1
 _PULSE_SECONDS = 5.0
 _ANSWER_SECONDS = 20.0
@@ -75,7 +77,7 @@ class Watchdog:
         asking.start()
         asking.join(_ANSWER_SECONDS)
         line = said[0] if said else self._line([_NO_STORE])
-        print(line, file=sys.stderr, flush=True)
+        say(line)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         os._exit(EXIT_HANGS)
 

@@ -87,9 +87,10 @@ def test_ctrl_c_is_one_line_however_many_ranks(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, time\n"
+        "from megatron_clsa.errors import say\n"
         "from megatron_clsa.launch import launch\n"
         "def main(words):\n"
-        "    print('up', flush=True)\n"
+        "    say('up', sys.stdout)\n"
         "    time.sleep(20)\n"
         "sys.exit(launch(main, __file__, sys.argv[1:]))\n"
     )
