@@ -52,7 +52,7 @@ def _prompt(args) -> str:
         text = sys.stdin.read()
     else:
         try:
-            text = args.prompt_file.read_text(encoding="utf-8")
+            text = args.prompt_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from None
     if not text:
@@ -65,6 +65,9 @@ def _load(args, device):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from megatron_clsa.convert.weights import check_files
+
+    check_files(args.model)
     logging.disable_progress_bar()
     try:
         own = {"trust_remote_code": True, "local_files_only": True}

@@ -1,4 +1,4 @@
-"""Bad user input: its one exception, which entry scripts turn into one line and exit code 2; say().
+"""Bad user input: one exception, told as one line and exit code 2. Also how lines of many ranks stay whole.
 
 Owns no checks: each check lives where the value enters.
 """

@@ -20,7 +20,7 @@ ALLOWED = {
     "kernels": set(),
     "hf": {"kernels", "hf"},
     "evaluate": {"evaluate", "convert", "hf", "kernels"} | SHARED,
-    "finetune": {"finetune", "hf", "kernels"} | SHARED,
+    "finetune": {"finetune", "convert", "hf", "kernels"} | SHARED,
     "parallel": {"parallel", "kernels"} | SHARED,
     "config": SHARED | {"parallel"},
     "errors": set(),

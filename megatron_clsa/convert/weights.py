@@ -19,6 +19,26 @@ _READ = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Hold files to the checksums of the folder's manifest; a folder of another program has none.
+
+    Args:
+        names: files of the folder, None for all that the manifest lists.
+
+    Raises:
+        UserError: naming the first file that is missing, foreign or not what was written.
+    """
+    if not (folder / manifest.NAME).is_file():
+        return
+    records = manifest.read_manifest(folder)
+    for name in records if names is None else names:
+        fault = f"{folder / name} was not part of this export"
+        if name in records:
+            fault = manifest.file_fault(folder, name, records[name])
+        if fault:
+            raise UserError(f"{fault}; export again, or delete {manifest.NAME} if you changed it yourself")
+
+
 class WeightFolder:
     """One model folder, opened.
 
@@ -49,14 +69,14 @@ class WeightFolder:
     def _locate(self) -> dict[str, Path]:
         """Every tensor's file, and that the file has it."""
         if (self.folder / INDEX).is_file():
-            self._check((INDEX,))
+            check_files(self.folder, (INDEX,))
             listed = self._listed()
             names = dict.fromkeys(listed.values())
         elif (self.folder / _SINGLE).is_file():
             names, listed = [_SINGLE], None
         else:
             raise UserError(f"{self.folder} has no {_SINGLE}: save the model with safetensors")
-        self._check(names)
+        check_files(self.folder, names)
         found = {}
         for name in names:
             with self._open(self.folder / name) as file:
@@ -75,20 +95,6 @@ class WeightFolder:
             if not isinstance(file, str) or Path(file).name != file:
                 raise UserError(f"{self.folder / INDEX} is damaged: {name} lies in {file!r}")
         return listed
-
-    def _check(self, names: Iterable[str]) -> None:
-        """Against the manifest, if the folder has one: those of other programs have none."""
-        if not (self.folder / manifest.NAME).is_file():
-            return
-        records = manifest.read_manifest(self.folder)
-        for name in names:
-            fault = f"{self.folder / name} was not part of this export"
-            if name in records:
-                fault = manifest.file_fault(self.folder, name, records[name])
-            if fault:
-                raise UserError(
-                    f"{fault}; export again, or delete {manifest.NAME} if you changed it yourself"
-                )
 
     def _open(self, path: Path):
         try:

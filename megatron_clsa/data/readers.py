@@ -115,7 +115,7 @@ def _documents_of(path: Path, part: Part, key: str) -> Iterator[str | BadDocumen
 
 def _whole_file(path: Path) -> str | BadDocument:
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return BadDocument(f"{path} is not UTF-8 text (byte {error.start})")
 

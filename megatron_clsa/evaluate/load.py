@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_clsa.convert.weights import check_files
 from megatron_clsa.errors import UserError
 from megatron_clsa.hf import CLSAForCausalLM
 
@@ -44,6 +45,7 @@ def open_folder(folder: Path, dtype: str, device: str) -> Subject:
         UserError: naming --model.
     """
     kind = _model_type(folder)
+    check_files(folder)
     cls = CLSAForCausalLM if kind == "clsa" else AutoModelForCausalLM
     try:
         model, info = cls.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True)
@@ -78,7 +80,7 @@ def read_texts(files: list[Path], key: str) -> list[str]:
     texts = []
     for path in files:
         try:
-            content = path.read_bytes().decode()
+            content = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"--text {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:

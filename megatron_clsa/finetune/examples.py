@@ -121,7 +121,7 @@ class Reader:
 def _records(path: Path) -> Iterator[tuple[str, dict]]:
     """(place for messages, record) of every line that is not blank."""
     try:
-        lines = path.read_bytes().decode().split("\n")  # not at U+2028, which JSON may hold
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not at U+2028, which JSON may hold
     except OSError as error:
         raise UserError(f"--data {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

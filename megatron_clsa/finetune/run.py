@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
+from megatron_clsa.convert.weights import check_files
 from megatron_clsa.errors import UserError
 from megatron_clsa.finetune.examples import Reader, collate
 from megatron_clsa.hf import CLSAConfig, CLSAForCausalLM
@@ -171,6 +172,8 @@ def _open(folder: Path) -> tuple[CLSAConfig, object]:
 
 
 def _load(folder: Path, config: CLSAConfig) -> CLSAForCausalLM:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_files(folder)  # the other ranks of a machine read the same files
     try:
         model, found = CLSAForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True

@@ -80,6 +80,13 @@ def test_a_folder_of_text_files_is_a_document_each(tmp_path, model):
     assert _texts_of(str(tmp_path / "out"), model) == ["first\n", "second", "third"]
 
 
+def test_the_signature_that_windows_editors_write_is_no_text(tmp_path, model):
+    (tmp_path / "a.txt").write_text(TEXTS[0], encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": TEXTS[1]}) + "\n", encoding="utf-8-sig")
+    preprocess(_job(tmp_path, model), [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], 1)
+    assert _texts_of(str(tmp_path / "out"), model) == TEXTS[:2]
+
+
 def test_the_index_is_byte_for_byte_megatrons(tmp_path):
     builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=numpy.uint16)
     lengths = [3, 1, 7]

@@ -10,6 +10,8 @@ import torch
 from eval_folder import byte_tokenizer, tiny_clsa, write_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_clsa.convert import manifest
+
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 FLAGS = ["--length", "200", "--sequences", "2", "--rows", "5", "--lengths", "700,900", "--samples", "2"]
 
@@ -112,6 +114,14 @@ def cut_weights(folder: Path):
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
+def flip_a_bit_of_an_export(folder: Path):
+    weights = folder / "model.safetensors"
+    manifest.seal(folder, {weights.name: manifest.describe(weights)}, {})
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 4
+    weights.write_bytes(content)
+
+
 def lose_the_tokenizer(folder: Path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
@@ -129,6 +139,7 @@ def swap_the_tokenizer(folder: Path):
         (break_config, "config.json"),
         (lose_a_weight, "model.memory.norm.weight"),
         (cut_weights, "cannot be loaded"),
+        (flip_a_bit_of_an_export, "its SHA-256 differs"),
         (lose_the_tokenizer, "cannot be loaded"),
         (swap_the_tokenizer, "307 ids"),
     ],

@@ -106,6 +106,11 @@ def test_a_line_ends_at_a_line_feed_only(tmp_path, tokenizer):
     assert tokenizer.decode(examples[0].ids) == "one\u2028two\x85three<end>"
 
 
+def test_the_signature_that_windows_editors_write_is_no_text(tmp_path, tokenizer):
+    examples, _ = read(tmp_path, tokenizer, '\ufeff{"text": "one"}')
+    assert tokenizer.decode(examples[0].ids) == "one<end>"
+
+
 def test_data_without_anything_to_learn_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="nothing to learn"):
         read(tmp_path, tokenizer, {"messages": CHAT[:2]})

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "evaluate"))
 from eval_folder import write_folder  # noqa: E402
 
+from megatron_clsa.convert import manifest  # noqa: E402
+
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 FLAGS = [
     "--max-length=48",
@@ -145,6 +147,15 @@ def cut_model(folder: Path) -> list:
     return ["--model", folder / "cut"]
 
 
+def flipped_bit(folder: Path) -> list:
+    weights = write_folder(folder / "flipped") / "model.safetensors"
+    manifest.seal(weights.parent, {weights.name: manifest.describe(weights)}, {})
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 4
+    weights.write_bytes(content)
+    return ["--model", weights.parent]
+
+
 def model_of_a_list(folder: Path) -> list:
     (folder / "config.json").write_text("[]")
     return ["--model", folder]
@@ -176,6 +187,7 @@ def model_of_another_kind(folder: Path) -> list:
         (lambda folder: ["--speed", "1"], "--speed"),
         (lambda folder: ["--out", folder / "occupied" / "x"], "cannot be written"),
         (cut_model, "cannot be loaded"),
+        (flipped_bit, "its SHA-256 differs"),
         (model_of_a_list, "cannot be loaded"),
         (model_of_another_kind, "is a llama model"),
     ],
