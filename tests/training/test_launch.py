@@ -105,11 +105,20 @@ def test_ctrl_c_is_one_line_however_many_ranks(tmp_path):
     assert process.returncode == -signal.SIGINT
 
 
-def test_a_signal_reaches_every_rank():
+def test_a_signal_reaches_every_rank(tmp_path):
     ranks = _ranks(
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(20)"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"open(f'{tmp_path}/{{rank}}', 'w').close(); time.sleep(20)"
     )
-    threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop_once_all_are_up():
+        while len(list(tmp_path.iterdir())) < 2 or signal.getsignal(signal.SIGTERM) is before:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_once_all_are_up, daemon=True).start()
     assert launch.wait_for(ranks) == 75
     assert [rank.returncode for rank in ranks] == [75, 75]
 

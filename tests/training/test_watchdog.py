@@ -77,17 +77,16 @@ def test_a_silent_rank_is_named_with_its_last_place(store):
 
 
 def test_steps_keep_the_watchdog_quiet(store, monkeypatch):
-    ended = []
-    watchdog = Watchdog(store, 0, 3, timeout=0.4)
-    monkeypatch.setattr(watchdog, "_end", lambda: ended.append(time.monotonic()) or watchdog.stopping.set())
+    ended = threading.Event()
+    watchdog = Watchdog(store, 0, 3, timeout=1.5)  # a busy machine may stand still for most of it
+    monkeypatch.setattr(watchdog, "_end", lambda: ended.set() or watchdog.stopping.set())
     watchdog.start()
     started = time.monotonic()
-    while time.monotonic() < started + 1.5:
+    while time.monotonic() < started + 2:
         watchdog.beat(1)
         time.sleep(0.02)
-    assert not ended
-    threading.Event().wait(1.0)
-    assert len(ended) == 1
+    assert not ended.is_set()
+    assert ended.wait(20)
 
 
 def test_a_lack_of_memory_names_the_flags_that_need_less():
