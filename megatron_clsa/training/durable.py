@@ -28,7 +28,7 @@ def save_durably(
     save: Callable, state_dict: dict, folder: str, strategy=None, *, async_sharded_save=False, **named
 ):
     """Around megatron-core's `save`: the same request or result, with a manifest as its last file."""
-    check_room(state_dict, Path(folder))
+    clear_room(state_dict, Path(folder))
     sealed = SealedSave(Path(folder))
     named["async_strategy"] = "mcore"
     request = sealed.around(save(state_dict, folder, strategy, async_sharded_save=True, **named))
@@ -38,8 +38,8 @@ def save_durably(
     return None
 
 
-def check_room(state_dict: dict, folder: Path) -> None:
-    """Refuse a save that the disk has no room for, before a byte of it is written.
+def clear_room(state_dict: dict, folder: Path) -> None:
+    """Empty the folder of a save; refuse the save if the disk has no room for it, before a byte is written.
 
     A save that is under way is finished first: it may be the newest, and old ones go when it is complete.
 
@@ -51,12 +51,13 @@ def check_room(state_dict: dict, folder: Path) -> None:
     dist.all_reduce(wanted)
     wanted, free = int(wanted), [0]
     if dist.get_rank() == 0:
+        manifest.unseal(folder)  # a save of this step that was cut short takes room
         free = [_free(folder)]
     dist.broadcast_object_list(free)
     if wanted <= free[0]:
         return
     if dist.get_rank() == 0:
-        folder.rmdir()  # made for this save, and empty
+        folder.rmdir()  # made for this save
     newest = next(iter(manifest.complete_steps(folder.parent)), None)
     raise UserError(
         f"{folder} was not written: it takes {_mib(wanted)} MiB and {_mib(free[0])} MiB are free there; "
@@ -89,9 +90,6 @@ class SealedSave:
     def __init__(self, folder: Path):
         self.folder = folder
         self.files: dict[str, manifest.FileRecord] = {}  # of this rank
-        if dist.get_rank() == 0:
-            manifest.unseal(folder)
-        dist.barrier()
 
     def around(self, request):
         """megatron-core's request, with checksums after the writing and the seal after everything."""

@@ -256,12 +256,15 @@ FULL = {
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_saved(small_disk, case):
     script, words = FULL[case]
     flags = ["--phases", "dense", "--train-iters", "12", "--save-interval", "1"]
+    phase = small_disk / "run" / PHASE
+    for step in range(1, 13):  # each save finds what a killed one left in its place
+        manifest.step_folder(phase, step).mkdir(parents=True)
+        (manifest.step_folder(phase, step) / "__0_0.distcp").write_text("cut short")
     result = run([sys.executable, str(ROOT / script), *command(small_disk / "run", *flags)[2:]])
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2, result.stderr[-3000:]
     assert len(said) == 1 and words in said[0]
     assert "Traceback" not in result.stderr
-    phase = small_disk / "run" / PHASE
     newest = newest_step(phase)
     assert newest is not None and _loader(phase.parent).newest(phase) == newest
     assert case == "while writing" or f"newest complete checkpoint: step {newest};" in said[0]
