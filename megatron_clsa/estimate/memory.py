@@ -9,6 +9,7 @@ from megatron_clsa.estimate import parameters
 from megatron_clsa.estimate.shape import RunShape, Stage
 
 WORKSPACE = 64 << 20  # cuBLAS and the optimizer's scalars
+USABLE = 72 << 30  # of an 80 GB GPU, the CUDA context, NCCL and fragmentation left out
 
 
 def norm(run: RunShape) -> float:

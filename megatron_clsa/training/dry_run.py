@@ -94,6 +94,11 @@ def _print_memory(shape: RunShape) -> None:
     _print_parts(f"memory of a rank of stage {fullest}", stages[fullest], _size)
     if shape.pp > 1:
         print(f"  peak by pipeline stage: {', '.join(map(_size, peaks))}")
+    if max(peaks) > memory.USABLE:
+        print(
+            f"  TOO MUCH for a GPU of 80 GB, which has about {_size(memory.USABLE)} to give: raise "
+            "--tensor-model-parallel-size or --context-parallel-size, or recompute activations"
+        )
 
 
 def _print_parts(title: str, parts: dict[str, float], unit) -> None:

@@ -37,7 +37,7 @@ class Phase:
         number: 1-based place in the recipe; names the checkpoint folder.
         name: unique in the recipe, chosen by `--phases`.
         settings: flags of this phase alone; they override the recipe's.
-        layouts: flags by number of ranks; they override `settings` in a run of just that many.
+        layouts: flags by number of ranks; those of the largest number that a run reaches override `settings`.
         minimum_coverage: the phase is entered only if the last measured attention coverage, divided by the
             oracle's, is at least this. None enters without asking.
     """
@@ -57,7 +57,8 @@ class Phase:
 class Recipe:
     """A parsed recipe. `settings` joins all sections: keys are flag names with underscores.
 
-    `layouts` holds flags by number of ranks: parallel sizes, recompute. They override `settings`.
+    `layouts` holds flags by number of ranks: parallel sizes, recompute. As in a phase, they hold from that
+    number on, up to the next one, and override `settings`.
     """
 
     path: Path
@@ -67,7 +68,7 @@ class Recipe:
 
     def settings_for(self, phase: Phase, ranks: int) -> list[dict[str, Any]]:
         """What the recipe says about a phase in a run of `ranks`; a later one overrides those before."""
-        return [self.settings, self.layouts.get(ranks, {}), phase.settings, phase.layouts.get(ranks, {})]
+        return [self.settings, _layout(self.layouts, ranks), phase.settings, _layout(phase.layouts, ranks)]
 
     def choose(self, names: str | None) -> tuple[Phase, ...]:
         """The phases named in a comma-separated list, in the recipe's order; None means all."""
@@ -91,6 +92,10 @@ def load_recipe(path: str | Path) -> Recipe:
         raise UserError(f"{path}: needs a list `phases:` with at least one phase")
     layouts = _parse_layouts(document.pop("layouts", None), path)
     return Recipe(path, _join_sections(document, path), layouts, _parse_phases(phases, path))
+
+
+def _layout(layouts: Layouts, ranks: int) -> dict[str, Any]:
+    return layouts[max(reached)] if (reached := [number for number in layouts if number <= ranks]) else {}
 
 
 def _parse_layouts(layouts: Any, path: Path) -> Layouts:

@@ -1,7 +1,7 @@
 """`--dry-run` prints a plan for any number of ranks, and starts and writes nothing."""
 
 import pytest
-from runs import TINY, command
+from runs import ROOT, TINY, command
 
 from megatron_clsa.launch import launch
 from megatron_clsa.training.run import main
@@ -20,6 +20,13 @@ def test_every_phase_is_planned_for_the_given_ranks(tmp_path, capsys):
     for name in ("parameters", "memory of a rank", "FLOPs a step", "received by a rank", "MFU", "days"):
         assert name in text, text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks, warned", [(4, True), (8, False)])
+def test_a_plan_that_no_gpu_of_80_gb_holds_says_so(capsys, ranks, warned):
+    words = ["--config", str(ROOT / "examples" / "recipes" / "clsa_7b.yaml"), "--dry-run", str(ranks)]
+    assert main(words) == 0
+    assert ("TOO MUCH" in capsys.readouterr().out) == warned
 
 
 def test_nproc_per_node_is_planned_and_not_started(tmp_path, capsys):
