@@ -48,11 +48,13 @@ def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path, stopped):
 
 
 def _watchdog(store: dist.Store, rank: int = 0) -> Watchdog:
-    return Watchdog(store, rank, 3, timeout=10)
+    watchdog = Watchdog(store, rank, 3, timeout=10)
+    watchdog.earlier = {}
+    return watchdog
 
 
 def _state(**fields) -> str:
-    return json.dumps({"alive": time.time(), "step": 7, "waits": True, "place": "wait at c10d.py:1"} | fields)
+    return json.dumps({"pulse": 3, "step": 7, "waits": True, "place": "wait at c10d.py:1"} | fields)
 
 
 @pytest.fixture
@@ -71,9 +73,19 @@ def test_the_rank_that_waits_for_nobody_is_named_with_its_place(store):
 
 
 def test_a_silent_rank_is_named_with_its_last_place(store):
-    store.set("watchdog/1", _state(alive=time.time() - 100))
-    line = _watchdog(store).report()
-    assert "rank 1 has been silent for 100 s after step 7" in line and "rank 2" not in line
+    watchdog = _watchdog(store)
+    watchdog.look(watchdog.earlier)
+    store.set("watchdog/2", _state(pulse=4))
+    line = watchdog.report()
+    assert "rank 1 has fallen silent after step 7" in line and "rank 2" not in line
+
+
+def test_a_rank_without_a_pulse_yet_hides_nobody(store):
+    store.delete_key("watchdog/1")
+    watchdog = _watchdog(store)
+    watchdog.look(watchdog.earlier)
+    line = watchdog.report()
+    assert "rank 1 never answered" in line and "rank 2" not in line
 
 
 def test_steps_keep_the_watchdog_quiet(store, monkeypatch):
