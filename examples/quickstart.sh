@@ -87,7 +87,7 @@ train() {
         --out "$out" --data-path "$data/corpus" --tokenizer-model "$data/tokenizer.model" 2>&1 \
         | tee -a "$log" \
         | awk 'match($0, /phase [0-9]+ [a-z_]+: .*/) {print "   " substr($0, RSTART); fflush()}
-               / validation loss at / {print "     step " $5 ", validation loss " $10; fflush()}'
+               /^evaluation at step / {print "     " $0; fflush()}'
 }
 
 convert() {
