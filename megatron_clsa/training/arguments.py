@@ -227,6 +227,13 @@ def parse_command(words: list[str]) -> argparse.Namespace:
     return args
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a key that no flag has wherever it stands: a typo must not wait for the day that reads it."""
+    options = recipe_options(build_parser())
+    for settings in recipe.every_setting():
+        flag_words(settings, options, recipe.path)
+
+
 def parse_phase(recipe: Recipe, phase: Phase, command_line: list[str], ranks: int | None = None):
     """All flags of one phase, as Megatron's `parse_args` would give them.
 

@@ -13,7 +13,7 @@ from megatron_clsa.config import CLSAConfig
 from megatron_clsa.convert.architecture import Architecture, check_same_architecture, read_architecture
 from megatron_clsa.convert.checkpoint import TRACKER
 from megatron_clsa.errors import UserError, say
-from megatron_clsa.training.arguments import parse_phase
+from megatron_clsa.training.arguments import check_recipe, parse_phase
 from megatron_clsa.training.checkpoint import Origin, newest_step
 from megatron_clsa.training.metrics import PhasePosition
 from megatron_clsa.training.recipe import Phase, Recipe
@@ -110,6 +110,7 @@ def make_plan(recipe: Recipe, command: Namespace, words: list[str], ranks: int |
     state = RunState(out / "run.json" if command.dry_run is None else None)
     plan = RunPlan(out, state, [], command.ignore_coverage_gate)
     chosen = recipe.choose(command.phases)
+    check_recipe(recipe)
     step = tokens = 0
     previous = None
     for phase in recipe.phases:

@@ -70,6 +70,11 @@ class Recipe:
         """What the recipe says about a phase in a run of `ranks`; a later one overrides those before."""
         return [self.settings, _layout(self.layouts, ranks), phase.settings, _layout(phase.layouts, ranks)]
 
+    def every_setting(self) -> list[dict[str, Any]]:
+        """What the recipe says anywhere, of phases and numbers of ranks that this run does not have, too."""
+        phases = [settings for phase in self.phases for settings in (phase.settings, *phase.layouts.values())]
+        return [self.settings, *self.layouts.values(), *phases]
+
     def choose(self, names: str | None) -> tuple[Phase, ...]:
         """The phases named in a comma-separated list, in the recipe's order; None means all."""
         if names is None:
@@ -113,9 +118,10 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is written twice, of which YAML keeps the last one without a word."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key, _), value in zip(node.value, keys, strict=True):
-            if isinstance(value, str) and keys.count(value) > 1:
+        own = [key for key, _ in node.value if not key.tag.endswith(":merge")]
+        values = [self.construct_object(key, deep=True) for key in own]
+        for key, value in zip(own, values, strict=True):
+            if isinstance(value, str) and values.count(value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{value} is set twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -153,14 +159,15 @@ def _join_sections(document: dict, path: Path) -> dict[str, Any]:
 def _parse_phases(phases: list, path: Path) -> tuple[Phase, ...]:
     parsed = []
     for number, fields in enumerate(phases, start=1):
-        if not isinstance(fields, dict) or not str(fields.get("name", "")).isidentifier():
+        name = fields.get("name") if isinstance(fields, dict) else None
+        if not isinstance(name, str) or not name.isidentifier():  # YAML takes a bare yes or on for true
             raise UserError(f"{path}: phase {number} needs a `name:` of letters, digits and underscores")
         settings = {key: value for key, value in fields.items() if key not in PHASE_FIELDS}
         coverage = fields.get("minimum_coverage")
         if coverage is not None and not (isinstance(coverage, int | float) and 0 <= coverage <= 1):
-            raise UserError(f"{path}: minimum_coverage {coverage} of phase {fields['name']} must be in 0..1")
+            raise UserError(f"{path}: minimum_coverage {coverage} of phase {name} must be in 0..1")
         layouts = _parse_layouts(fields.get("layouts"), path)
-        parsed.append(Phase(number, fields["name"], settings, layouts, coverage))
+        parsed.append(Phase(number, name, settings, layouts, coverage))
     names = [phase.name for phase in parsed]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two phases have the same name; names are {', '.join(names)}")
@@ -201,6 +208,8 @@ def _words(key: str, value: Any, action: argparse.Action, where: Path) -> list[s
         raise UserError(f"{where}: {key} has no value")
     if action.nargs is not None:
         return [flag, *map(str, value if isinstance(value, list) else str(value).split())]
+    if isinstance(value, bool) and {"on", "off"} & set(action.choices or ()):
+        value = "on" if value else "off"  # YAML takes the bare words for true and false
     if isinstance(value, list | dict | bool):
         raise UserError(f"{where}: {key} takes one value, found {value}")
     return [f"{flag}={value}"]

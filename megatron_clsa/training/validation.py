@@ -52,6 +52,7 @@ def validate_phase(args, phase_name: str) -> CLSAConfig:
         if args.dry_run is None:
             _check_platform(args)
             _check_writers(args)
+            _check_nccl_file(args)
             check_teacher(args)
             tokenizer = _load_tokenizer(args)
             check_teacher_vocabulary(args, tokenizer.vocab_size)
@@ -74,19 +75,22 @@ def _check_platform(args):
         _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
         return
     gpu_only = {
-        "distributed_backend": args.distributed_backend == "nccl",
-        "transformer_impl": args.transformer_impl != "local",
-        "fp8_format": bool(args.fp8),
-        "cuda_graph_impl": args.cuda_graph_impl != "none",
-        "sparse_attention_kernel": args.sparse_attention_kernel != "auto",
-        "use_precision_aware_optimizer": args.use_precision_aware_optimizer,
-        "recompute_modules": "layernorm" in (args.recompute_modules or ()),
+        f"--distributed-backend {args.distributed_backend}": args.distributed_backend == "nccl",
+        f"--transformer-impl {args.transformer_impl}": args.transformer_impl != "local",
+        f"--fp8-format {args.fp8}": bool(args.fp8),
+        f"--cuda-graph-impl {args.cuda_graph_impl}": args.cuda_graph_impl != "none",
+        "--enable-cuda-graph": args.enable_cuda_graph,
+        "--external-cuda-graph": args.external_cuda_graph,
+        f"--sparse-attention-kernel {args.sparse_attention_kernel}": args.sparse_attention_kernel != "auto",
+        "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,
+        "--recompute-modules layernorm": "layernorm" in (args.recompute_modules or ()),
+        "--init-model-with-meta-device": args.init_model_with_meta_device,
+        "--use-nccl-ub": args.nccl_ub,
+        "--use-sharp": args.use_sharp,
     }
-    for name, asked in gpu_only.items():
+    for flag, asked in gpu_only.items():
         if asked:
-            value = getattr(args, "fp8" if name == "fp8_format" else name)
-            shown = "" if value is True else f" {' '.join(value) if isinstance(value, list) else value}"
-            raise UserError(f"--{_dashed(name)}{shown} needs a GPU and none is visible: drop the flag")
+            raise UserError(f"{flag} needs a GPU and none is visible: drop the flag")
 
 
 def _check_gpus(ranks: int, gpus: int):
@@ -108,6 +112,12 @@ def _check_writers(args):
             )
     if args.tensorboard_dir:
         check_out(Path(args.tensorboard_dir), "--tensorboard-dir")
+
+
+def _check_nccl_file(args):
+    path = args.nccl_communicator_config_path
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"--nccl-communicator-config-path {path} is no file: mend the path or drop the flag")
 
 
 def _check_layout(args):

@@ -112,6 +112,18 @@ def test_phases_flag_chooses_a_subset(tmp_path):
         (["--apply-layernorm-1p"], ["--apply-layernorm-1p"]),
         (["--init-method-xavier-uniform"], ["--init-method-xavier-uniform"]),
         (["--data-parallel-random-init"], ["--data-parallel-random-init"]),
+        (["--no-save-optim"], ["--no-save-optim"]),
+        (["--no-load-optim"], ["--no-load-optim", "--pretrained-checkpoint"]),
+        (["--no-save-rng"], ["--no-save-rng"]),
+        (["--non-persistent-save-interval", "1"], ["--non-persistent-save-interval 1", "--save-interval"]),
+        (["--nccl-communicator-config-path", "x"], ["--nccl-communicator-config-path x"]),
+        (["--enable-cuda-graph"], ["--enable-cuda-graph", "GPU"]),
+        (["--use-nccl-ub"], ["--use-nccl-ub", "GPU"]),
+        (["--use-sharp"], ["--use-sharp", "GPU"]),
+        (["--init-model-with-meta-device"], ["--init-model-with-meta-device", "GPU"]),
+        (["--attention-backend", "unfused"], ["--attention-backend", "unfused"]),
+        (["--use-flash-attn"], ["--use-flash-attn"]),
+        (["--reset-attention-mask"], ["--reset-attention-mask"]),
     ],
 )
 def test_bad_flag_is_refused_by_name(tmp_path, words, named):
@@ -194,9 +206,27 @@ def test_tensor_parallelism_turns_sequence_parallelism_on(tmp_path):
         ("phases:", "layouts: {-1: {lr: 1}}\nphases:", "layouts must map numbers"),
         ("model:", "x: " + "[" * 3000 + "]" * 3000 + "\nmodel:", "is not YAML"),
         ("name: sparse", "name: short", "same name"),
+        ("name: sparse", "name: on", "phase 2 needs a `name:`"),
+        ("name: sparse", "name:", "phase 2 needs a `name:`"),
+        (
+            "phases:",
+            "layouts: {512: {tensor_model_paralel_size: 2}}\nphases:",
+            "did you mean tensor_model_par",
+        ),
     ],
 )
 def test_bad_recipe_names_file_and_key(tmp_path, old, new, named):
     with pytest.raises(UserError) as refusal:
         plan_of(tmp_path, text=RECIPE.replace(old, new))
     assert named in str(refusal.value) and "recipe.yaml" in str(refusal.value)
+
+
+def test_a_typo_in_a_phase_that_is_not_run_is_found(tmp_path):
+    with pytest.raises(UserError, match="unknown key lrr"):
+        plan_of(tmp_path, "--phases", "short", text=RECIPE.replace("lr: 1e-4", "lrr: 1e-4"))
+
+
+def test_yaml_may_say_off_without_quotes_and_merge(tmp_path):
+    text = RECIPE.replace("- {name: sparse, ", "- {<<: {clip_grad: 0.25}, name: sparse, ")
+    short, sparse = plan_of(tmp_path, text=text.replace("kd_loss: selected", "kd_loss: off")).runs
+    assert sparse.args.kd_loss == "off" and (short.args.clip_grad, sparse.args.clip_grad) == (1.0, 0.25)
