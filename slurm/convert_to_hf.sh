@@ -26,4 +26,5 @@ mapfile -t container < <(clsa_container)
 verify=(--verify) # compares fp32 logits
 [[ " ${*:3}" != *' --dtype'* ]] || verify=()
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+clsa_cpus
 exec srun --ntasks=1 "${container[@]}" "${CLSA_START[@]}" "$CLSA_ROOT/tools/to_hf.py" "$@" "${verify[@]}"

@@ -69,8 +69,19 @@ clsa_source() {
 clsa_rendezvous() {
     : "${MASTER_ADDR:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
     : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
-    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
-    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun no longer inherits it since Slurm 22.05
+    export MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
+}
+
+# Without --cpus-per-task all ranks share all CPUs of their node: `srun -c 1` would pin each to a core, and so
+# do sites that bind by default. No share is computed: Slurm refuses it where a hint turns hyperthreads off, or
+# on another kind of node, and deals it out across sockets, away from the rank's GPU.
+clsa_cpus() {
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+        export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun no longer inherits it since Slurm 22.05
+    else
+        export SLURM_CPU_BIND="${SLURM_CPU_BIND:-none}"
+    fi
 }
 
 clsa_container() {
@@ -145,6 +156,7 @@ clsa_train() {
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || clsa_refuse "--array: a run is one job, submit one a run with its CLSA_OUT"
     mapfile -t container < <(clsa_container)
     clsa_rendezvous
+    clsa_cpus
     # shellcheck disable=SC2206
     [ -n "${CLSA_DATA:-}" ] && data+=(--data-path $CLSA_DATA)
     [ -n "${CLSA_TOKENIZER:-}" ] && data+=(--tokenizer-model "$CLSA_TOKENIZER")

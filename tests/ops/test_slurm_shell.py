@@ -11,18 +11,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs bash with `srun` and `scontrol` that write down their words; a site.env of `text`."""
+    """Runs bash with a `srun` that writes down its words and does what `ranks` says; a site.env of `text`."""
     (tmp_path / "run").mkdir()
-    commands = {
-        "srun": f'printf "%s\\n" "$*" >{tmp_path}/srun',
-        "scontrol": 'if [ "$1" = -o ]; then echo JobState=RUNNING; else exit 1; fi',
-    }
-    for name, body in commands.items():
-        (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin").mkdir()
+
+    def stand_in(name: str, body: str) -> None:
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def run(*words: str, text: str = "", **others: str) -> subprocess.CompletedProcess:
+    stand_in("scontrol", 'if [ "$1" = -o ]; then echo JobState=RUNNING; else exit 1; fi')
+
+    def run(*words: str, text: str = "", ranks: str = ":", **others: str) -> subprocess.CompletedProcess:
+        looks = "case $* in */check_node.py*) exec echo node n1 alike ;; esac"
+        stand_in("srun", f'printf "%s\\n" "$*" >{tmp_path}/srun\n{looks}\n{ranks}')
         (tmp_path / "site.env").write_text(f"CLSA_RUNS={tmp_path}/runs\nCLSA_PYTHON=/bin/true\n{text}\n")
         environment = {
             "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
@@ -39,6 +40,12 @@ def slurm(tmp_path):
 
 def _settings(slurm, *more: str, **others) -> subprocess.CompletedProcess:
     return slurm("-c", "\n".join([f"source {ROOT}/slurm/lib.sh", "clsa_settings x", *more]), **others)
+
+
+def _train(slurm, ranks: str, **others) -> subprocess.CompletedProcess:
+    """A start on one node, whose `srun` of the ranks is the bash in `ranks`."""
+    job = {"SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n1", "MASTER_ADDR": "n1"}
+    return _settings(slurm, "clsa_train x", ranks=ranks, **job | others)
 
 
 @pytest.mark.parametrize("line", ["CLSA_MAX_RESTARTS=08", "CLSA_RUNS2=/elsewhere", "CLSA_Data=/data"])
@@ -62,6 +69,22 @@ def test_a_refused_requeue_names_the_way_around(slurm):
 def test_a_step_that_left_no_log_is_no_noise(slurm):
     result = _settings(slurm, "clsa_said")
     assert not result.stderr and result.stdout.startswith("see ")
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({}, "unset none 1"),
+        ({"SLURM_CPUS_PER_TASK": "8"}, "8 unset 8"),
+        ({"SLURM_CPU_BIND": "cores", "OMP_NUM_THREADS": "4"}, "unset cores 4"),
+    ],
+    ids=["whole node", "--cpus-per-task", "the site's own"],
+)
+def test_ranks_are_pinned_to_a_core_only_where_the_job_asks_for_it(slurm, given, told):
+    """`srun --cpus-per-task=1` binds each rank to one core; without it the node's are all open."""
+    names = ("SRUN_CPUS_PER_TASK", "SLURM_CPU_BIND", "OMP_NUM_THREADS")
+    result = _train(slurm, "echo srun sees " + " ".join(f"${{{name}-unset}}" for name in names), **given)
+    assert result.returncode == 0 and f"srun sees {told}\n" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("flags, verified", [((), True), (("--dtype", "bfloat16"), False)])
