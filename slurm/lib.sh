@@ -43,7 +43,8 @@ clsa_settings() {
         || clsa_refuse "CLSA_PYTHON=$CLSA_PYTHON does not exist: run tools/environment.sh once, or set it"
     mkdir -p "$CLSA_OUT/logs" 2>/dev/null \
         || clsa_refuse "CLSA_OUT=$CLSA_OUT cannot be made: give a folder that you may write to"
-    CLSA_LOGS="$CLSA_OUT/logs/${SLURM_JOB_ID:?submit this script with sbatch}"
+    # A folder a start: what an earlier start said is no reason for how this one ends.
+    CLSA_LOGS="$CLSA_OUT/logs/${SLURM_JOB_ID:?submit this script with sbatch}/${SLURM_RESTART_COUNT:-0}"
     mkdir -p "$CLSA_LOGS"
 }
 
@@ -150,7 +151,7 @@ clsa_again() {
 # One srun task a rank, no torchrun: torchrun turns the codes 2 and 75 into 1, dies of USR1, and kills ranks
 # 30 s after a TERM, in the middle of their last save.
 clsa_train() {
-    local status=0 step='' asked=''
+    local status=0 step='' asked='' told
     local -a container=() data=()
     # An array's tasks would share one folder, and `scontrol requeue` of its number means all of them.
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || clsa_refuse "--array: a run is one job, submit one a run with its CLSA_OUT"
@@ -166,29 +167,39 @@ clsa_train() {
     clsa_check_nodes "${data[@]}"
     [ -z "$asked" ] || clsa_again "$CLSA_SAVED"
     clsa_say "$SLURM_NTASKS ranks on $SLURM_JOB_NODELIST meet at $MASTER_ADDR:$MASTER_PORT, logs in $CLSA_LOGS"
+    told="$CLSA_LOGS/srun.txt"
     # --wait: when a rank is gone, the others get a minute to finish a save before they are ended.
     # shellcheck disable=SC2016
     srun --label --wait=60 --kill-on-bad-exit=0 --open-mode=append --output="$CLSA_LOGS/%N.log" "${container[@]}" \
         bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank \
-        "${CLSA_START[@]}" "$@" --out "$CLSA_OUT" "${data[@]}" 2>>"$CLSA_LOGS/srun.txt" &
+        "${CLSA_START[@]}" "$@" --out "$CLSA_OUT" "${data[@]}" 2>>"$told" &
     step=$!
     until
         wait "$step"
         status=$?
         ! kill -0 "$step" 2>/dev/null
     do :; done
+    # srun answers the highest code: 137 of ranks that waited for one that ended with 2, and were ended.
+    if [ "$status" != "$CLSA_DONE" ] && [ "$status" != "$CLSA_SAVED" ]; then
+        ! grep -qs 'Exited with exit code 2$' "$told" || status=$CLSA_BAD_INPUT
+    fi
     case $status in
         "$CLSA_DONE") clsa_say "finished" && exit 0 ;;
-        "$CLSA_BAD_INPUT") clsa_refuse "$(clsa_said)" ;;
+        "$CLSA_BAD_INPUT") clsa_refuse "$(clsa_said '^ *[0-9]+: error: ')" ;;
+        "$CLSA_SAVED") ;;
+        *) clsa_say "the ranks ended with code $status: $(clsa_said); $(tail -n 1 "$told")" ;;
     esac
-    [ "$status" = "$CLSA_SAVED" ] || clsa_say "the ranks ended with code $status: $(clsa_said); $(tail -n 1 "$CLSA_LOGS/srun.txt")"
     clsa_again "$status"
 }
 
-# The last line of the logs that says why; where all ranks refused, rank 0's, which does not name its rank.
+# The last line of the logs that says why, rather one like $1: of ranks that refuse, not of those that they
+# leave behind. Where all ranks refused, rank 0's, which does not name its rank. That Slurm ended a rank is no
+# reason.
 clsa_said() {
     local lines line
-    lines="$(cat "$CLSA_LOGS"/*.log 2>/dev/null | grep -E 'error: |Error: |HANG')"
+    lines="$(cat "$CLSA_LOGS"/*.log 2>/dev/null | grep -E 'error: |Error: |HANG' \
+        | grep -v 'slurmstepd.* CANCELLED ')"
+    lines="$(grep -E "${1:-}" <<<"$lines" || cat <<<"$lines")"
     line="$({ grep -v 'error: rank [0-9]* on ' <<<"$lines" || cat <<<"$lines"; } | tail -n 1 | cut -c 1-300)"
     if [ -n "$line" ]; then printf '%s' "${line#*error: }"; else printf 'see %s' "$CLSA_LOGS"; fi
 }

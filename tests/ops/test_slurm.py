@@ -39,7 +39,7 @@ def test_a_preempted_job_goes_on_with_the_losses_of_an_unbroken_one(whole_curve,
     assert job.state == "COMPLETED" and "finished" in job.log, job.log
     assert_same_curve(whole_curve, metrics(tmp_path))
     # A log a host, with the rank before each line; the two nodes are one host here.
-    logs = "".join(path.read_text() for path in tmp_path.glob(f"runs/*/logs/{job.id}/*.log"))
+    logs = "".join(path.read_text() for path in tmp_path.glob(f"runs/*/logs/{job.id}/*/*.log"))
     assert "\n0: " in logs and "resuming at step" in logs
 
 

@@ -71,6 +71,33 @@ def test_a_step_that_left_no_log_is_no_noise(slurm):
     assert not result.stderr and result.stdout.startswith("see ")
 
 
+LONE = "error: rank 1 on n2: /local/model has no clsa.json"
+CANCELLED = "slurmstepd-n1: error: *** STEP 7.1 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***"
+
+
+def _ranks(code: int, srun: str, logs: dict[str, str]) -> str:
+    """Ranks that leave these logs, by host, and an srun that says how they ended."""
+    files = "".join(f"cat >>${{file/\\%N/{host}}} <<'END'\n{text}\nEND\n" for host, text in logs.items())
+    return f"file=$(grep -o '/[^ ]*%N.log' <<<\"$*\")\n{files}cat >&2 <<'END'\n{srun}\nEND\nexit {code}"
+
+
+def test_what_one_rank_refuses_ends_the_job_with_its_line(slurm):
+    """The others wait for it until srun ends them: 137 is the highest code, and Slurm's words come last."""
+    srun = "srun: error: n2: task 1: Exited with exit code 2\nsrun: error: n1: task 0: Killed"
+    left = f"0: RuntimeError: Connection closed by peer\n0: {CANCELLED}"
+    for logs in ({"n1": f"0: {CANCELLED}", "n2": f"1: {LONE}"}, {"n2": f"1: {LONE}", "n3": left}):
+        result = _train(slurm, _ranks(137, srun, logs))
+        assert result.returncode == 2 and result.stderr == f"{LONE}\n", result.stdout + result.stderr
+
+
+def test_a_start_is_not_judged_by_what_an_earlier_one_said(slurm):
+    """A job that is requeued by hand, after its file is put right."""
+    _train(slurm, _ranks(2, "srun: error: n2: task 1: Exited with exit code 2", {"n2": f"1: {LONE}"}))
+    crash = _ranks(139, "srun: error: n1: task 0: Segmentation fault", {"n1": "0: step 1"})
+    result = _train(slurm, crash, SLURM_RESTART_COUNT="1")
+    assert result.returncode == 139 and "clsa.json" not in result.stdout, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize(
     "given, told",
     [
