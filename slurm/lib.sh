@@ -45,8 +45,13 @@ clsa_settings() {
         || clsa_refuse "CLSA_OUT=$CLSA_OUT cannot be made: give a folder that you may write to"
     # A folder a start: what an earlier start said is no reason for how this one ends.
     CLSA_LOGS="$CLSA_OUT/logs/${SLURM_JOB_ID:?submit this script with sbatch}/${SLURM_RESTART_COUNT:-0}"
-    mkdir -p "$CLSA_LOGS"
+    mkdir -p "$CLSA_LOGS" 2>/dev/null || clsa_refuse "$CLSA_LOGS cannot be made: is the disk full?"
 }
+
+# clsa_write FILE TEXT: fails where the text does not reach the disk, and then leaves the file as it was.
+clsa_write() {
+    printf '%s\n' "$2" >"$1.new" && sync "$1.new" && mv -fT "$1.new" "$1"
+} 2>/dev/null
 
 # Sources site.env and refuses it at the first command that fails: a path with spaces and no quotes is one.
 clsa_source() {
@@ -95,9 +100,11 @@ clsa_container() {
 clsa_check_nodes() {
     local report status=0 answered
     report="$CLSA_LOGS/nodes.txt"
+    clsa_write "$report" "on $SLURM_JOB_NODELIST" \
+        || clsa_refuse "$report cannot be written: is the disk full?" # not: 0 nodes answer
     timeout 120 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${container[@]}" "${CLSA_START[@]}" \
         "$CLSA_ROOT/slurm/check_node.py" --out "$CLSA_OUT" --gpus "$CLSA_GPUS_PER_NODE" \
-        --free-gb "$CLSA_MIN_FREE_GB" "$@" >"$report" 2>"$report.err" || status=$?
+        --free-gb "$CLSA_MIN_FREE_GB" "$@" >>"$report" 2>"$report.err" || status=$?
     if grep -q '^error: ' "$report"; then
         clsa_refuse "$(grep -h '^error: ' "$report" | sort -u | head -n 1 | cut -d ' ' -f 2-)"
     fi
@@ -130,7 +137,10 @@ clsa_again() {
     now="$(clsa_progress)"
     [ -f "$budget" ] && IFS=$'\t' read -r job count before <"$budget"
     if [ "$job" = "$SLURM_JOB_ID" ] && [ "$before" = "$now" ]; then count=$((count + 1)); else count=1; fi
-    printf '%s\t%s\t%s\n' "$SLURM_JOB_ID" "$count" "$now" >"$budget"
+    if ! clsa_write "$budget" "$SLURM_JOB_ID"$'\t'"$count"$'\t'"$now"; then # it would be run again for ever
+        clsa_say "not run again: $budget cannot be written, is the disk full?"
+        exit "$1"
+    fi
     if ((count > CLSA_MAX_RESTARTS)); then
         clsa_say "not run again: $CLSA_MAX_RESTARTS restarts without a new checkpoint"
         exit "$1"

@@ -71,6 +71,41 @@ def test_a_step_that_left_no_log_is_no_noise(slurm):
     assert not result.stderr and result.stdout.startswith("see ")
 
 
+@pytest.mark.parametrize("name, code", [("7/0", 2), ("7/0/nodes.txt", 2), ("restarts", 9)])
+def test_a_log_that_cannot_be_written_ends_the_job(slurm, tmp_path, name, code):
+    """Nodes are not blamed for it. Something is in the way, as permissions do not hold root."""
+    path = tmp_path / "runs/x/logs" / name
+    path.parent.mkdir(parents=True)
+    path.mkdir() if name != "7/0" else path.write_text("")
+    result = _train(slurm, "exit 9")
+    told = result.stdout + result.stderr
+    assert result.returncode == code and f"{path} cannot be" in told.splitlines()[-1], told
+    assert "nodes answer" not in told and "requeue" not in told
+
+
+@pytest.fixture
+def full_disk(slurm, tmp_path):
+    """The folder of a run whose job has been started again once, with no byte left."""
+    folder = tmp_path / "runs/x"
+    folder.mkdir(parents=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip("cannot mount a small file system: needs root")
+    _settings(slurm, "clsa_again 9")
+    subprocess.run(["dd", "if=/dev/zero", f"of={folder}/zeros"], capture_output=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_the_job_and_keeps_its_count(slurm, full_disk):
+    """An emptied count would begin at 1 again at each start, and the job would be run again for ever."""
+    result = _settings(slurm, "clsa_again 9")
+    assert result.returncode == 9 and "restarts cannot be written" in result.stdout, result.stdout
+    assert (full_disk / "logs/restarts").read_text() == "7\t1\t\n"
+    result = _train(slurm, "exit 9")
+    assert result.returncode == 2 and "nodes.txt cannot be written" in result.stderr, result.stderr
+
+
 LONE = "error: rank 1 on n2: /local/model has no clsa.json"
 CANCELLED = "slurmstepd-n1: error: *** STEP 7.1 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***"
 
