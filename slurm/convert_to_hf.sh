@@ -22,7 +22,7 @@ source "$CLSA_ROOT/slurm/lib.sh"
 CLSA_OUT="$1"
 [ -d "$CLSA_OUT" ] || clsa_refuse "$CLSA_OUT does not exist: give the folder of a run"
 clsa_settings convert_to_hf
-mapfile -t container < <(clsa_container)
+mapfile -t container < <(clsa_container "$@")
 verify=(--verify) # compares fp32 logits
 [[ " ${*:3}" != *' --dtype'* ]] || verify=()
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"

@@ -90,10 +90,22 @@ clsa_cpus() {
     fi
 }
 
+# clsa_container WORD...: srun's flags for a command of these words.
 clsa_container() {
     [ -n "${CLSA_CONTAINER:-}" ] || return 0 # without pyxis srun does not know these flags
-    printf '%s\n' "--container-image=$CLSA_CONTAINER" "--container-mounts=${CLSA_MOUNTS:-$CLSA_ROOT,$CLSA_OUT}"
+    local mounts="${CLSA_MOUNTS:-$(clsa_folders "$CLSA_ROOT" "$CLSA_OUT" "$@" | sort -u | paste -s -d ,)}"
+    printf '%s\n' "--container-image=$CLSA_CONTAINER" "--container-mounts=$mounts"
     printf '%s\n' --no-container-mount-home --container-workdir="$CLSA_ROOT"
+}
+
+# The folders of the absolute paths among words: that of a file, a prefix of data, or a folder yet to be made.
+# One that is not there is left out: pyxis would fail without a word of it, the check of nodes names it.
+clsa_folders() {
+    local word
+    for word in "${@#--*=}"; do
+        [[ $word != /* || -d $word ]] || word="$(dirname "$word")"
+        [[ $word != /?* || ! -d $word ]] || printf '%s\n' "$word"
+    done
 }
 
 # One look at every node. A job that restarts on fewer nodes would otherwise wait in the rendezvous for ever.
@@ -165,12 +177,12 @@ clsa_train() {
     local -a container=() data=()
     # An array's tasks would share one folder, and `scontrol requeue` of its number means all of them.
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || clsa_refuse "--array: a run is one job, submit one a run with its CLSA_OUT"
-    mapfile -t container < <(clsa_container)
     clsa_rendezvous
     clsa_cpus
     # shellcheck disable=SC2206
     [ -n "${CLSA_DATA:-}" ] && data+=(--data-path $CLSA_DATA)
     [ -n "${CLSA_TOKENIZER:-}" ] && data+=(--tokenizer-model "$CLSA_TOKENIZER")
+    mapfile -t container < <(clsa_container "$@" "${data[@]}")
     # bash runs a trap only while it waits, hence `srun &` and `wait`.
     trap 'asked=1; clsa_say "USR1: time limit near, asking the ranks to save"; ${step:+kill -USR1 $step}' USR1
     trap 'asked=1; clsa_say "TERM: Slurm tells the ranks itself, waiting for their save"' TERM

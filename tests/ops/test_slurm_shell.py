@@ -1,6 +1,7 @@
 """What the job scripts decide on their own, with stand-ins for Slurm's commands: no cluster is needed."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -42,10 +43,10 @@ def _settings(slurm, *more: str, **others) -> subprocess.CompletedProcess:
     return slurm("-c", "\n".join([f"source {ROOT}/slurm/lib.sh", "clsa_settings x", *more]), **others)
 
 
-def _train(slurm, ranks: str, **others) -> subprocess.CompletedProcess:
+def _train(slurm, ranks: str, *flags: str, **others) -> subprocess.CompletedProcess:
     """A start on one node, whose `srun` of the ranks is the bash in `ranks`."""
     job = {"SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n1", "MASTER_ADDR": "n1"}
-    return _settings(slurm, "clsa_train x", ranks=ranks, **job | others)
+    return _settings(slurm, " ".join(["clsa_train x", *flags]), ranks=ranks, **job | others)
 
 
 @pytest.mark.parametrize("line", ["CLSA_MAX_RESTARTS=08", "CLSA_RUNS2=/elsewhere", "CLSA_Data=/data"])
@@ -156,3 +157,35 @@ def test_a_conversion_is_verified_where_it_can_be(slurm, tmp_path, flags, verifi
     result = slurm(script, str(tmp_path / "run"), str(tmp_path / "hf"), *flags)
     assert result.returncode == 0, result.stderr
     assert ("--verify" in (tmp_path / "srun").read_text()) == verified
+
+
+def _mounts(tmp_path: Path) -> list[str]:
+    found = re.search(r"--container-mounts=(\S+)", (tmp_path / "srun").read_text())
+    return found[1].split(",")
+
+
+@pytest.fixture
+def inputs(tmp_path) -> Path:
+    """Folders outside the checkout and the run, with a tokenizer in one."""
+    for name in ("code", "books", "words", "weights"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+    (tmp_path / "in/words/model").write_text("")
+    return tmp_path / "in"
+
+
+def test_a_container_sees_the_folders_of_what_the_job_reads(slurm, tmp_path, inputs):
+    data = f"0.7 {inputs}/code/a 0.2 {inputs}/books/b 0.1 /none/c"
+    text = f"CLSA_CONTAINER=x\nCLSA_DATA='{data}'\nCLSA_TOKENIZER={inputs}/words/model\n"
+    result = _train(slurm, ":", f"--pretrained-checkpoint={inputs}/weights", "--lr 0.1", text=text)
+    assert result.returncode == 0, result.stderr
+    read = [str(inputs / name) for name in ("books", "code", "weights", "words")]
+    assert _mounts(tmp_path) == sorted([str(ROOT), f"{tmp_path}/runs/x", *read])
+    _train(slurm, ":", text=text + "CLSA_MOUNTS=/shared\n")
+    assert _mounts(tmp_path) == ["/shared"]
+
+
+def test_a_container_sees_where_a_conversion_is_written(slurm, tmp_path):
+    (tmp_path / "models").mkdir()
+    script, run = str(ROOT / "slurm/convert_to_hf.sh"), str(tmp_path / "run")
+    assert slurm(script, run, f"{tmp_path}/models/hf", text="CLSA_CONTAINER=x").returncode == 0
+    assert _mounts(tmp_path) == sorted([str(ROOT), run, f"{tmp_path}/models"])
