@@ -142,31 +142,43 @@ def _run_parts(job: Job, parts: list[Part], workers: int, log) -> list[dict]:
     if len(todo) < len(parts):
         print(f"going on: {len(parts) - len(todo)} of {len(parts)} parts are done", file=log, flush=True)
     if workers <= 1:
+        said = _Progress(len(todo), log)
         for i in todo:
-            _run_part(i, parts[i])
+            said(_run_part(i, parts[i]))
     elif todo:
         _run_pool(parts, todo, workers, log)
     return [json.loads((job.folder / f"{i:06}.json").read_text()) for i in range(len(parts))]
+
+
+class _Progress:
+    """Says how many parts are done, how fast, and how long the others will take."""
+
+    def __init__(self, parts: int, log):
+        self.parts, self.log = parts, log
+        self.started, self.done, self.tokens = time.monotonic(), 0, 0
+
+    def __call__(self, report: dict) -> None:
+        self.done, self.tokens = self.done + 1, self.tokens + report["tokens"]
+        spent = time.monotonic() - self.started
+        print(
+            f"parts {self.done}/{self.parts} tokens {self.tokens:,} ({self.tokens / spent:,.0f}/s) "
+            f"left {spent / self.done * (self.parts - self.done):.0f} s",
+            file=self.log,
+            flush=True,
+        )
 
 
 def _run_pool(parts: list[Part], todo: list[int], workers: int, log) -> None:
     context = multiprocessing.get_context("fork")  # shares the loaded tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_at_once)
-    started, done, tokens = time.monotonic(), 0, 0
+    said = _Progress(len(todo), log)
     try:
         pending = {pool.submit(_run_part, i, parts[i]) for i in todo}
         while pending:
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in finished:
-                done, tokens = done + 1, tokens + future.result()["tokens"]
-            spent = time.monotonic() - started
-            left = spent / done * len(pending)
-            print(
-                f"parts {done}/{len(todo)} tokens {tokens:,} ({tokens / spent:,.0f}/s) left {left:.0f} s",
-                file=log,
-                flush=True,
-            )
+                said(future.result())
     except BrokenProcessPool:
         raise UserError(
             f"--workers {workers}: one was killed (out of memory?); run again to go on, with fewer"

@@ -186,7 +186,7 @@ def _text_of(line: bytes, key: str, path: Path, where: int) -> str | BadDocument
         return BadDocument(f"{path}:{_line_number(path, where)}: {why}")
 
     try:
-        record = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        record = json.loads(line.decode("utf-8-sig"))  # of bytes, json takes half characters for whole
     except (ValueError, RecursionError) as error:
         return bad(f"not JSON ({error}); mend the line or give --skip-bad-lines")
     if not isinstance(record, dict):

@@ -5,8 +5,11 @@ metrics.py and evaluation.py. Megatron's own line of the same step is left out.
 """
 
 import datetime
+import os
+import secrets
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -119,6 +122,17 @@ def place_writers(args: Namespace, phase_folder: str, out: str) -> None:
     if args.wandb_project:
         args.wandb_exp_name = "-".join(filter(None, [args.wandb_exp_name, phase_folder]))
         args.wandb_save_dir = args.wandb_save_dir or f"{out}/wandb"
+        if args.rank == args.world_size - 1:  # Megatron's rank for wandb
+            os.environ["WANDB_RUN_ID"] = _wandb_id(Path(args.wandb_save_dir) / f"{phase_folder}.id")
+            os.environ["WANDB_RESUME"] = "allow"
+
+
+def _wandb_id(file: Path) -> str:
+    """The phase's own, kept beside what wandb writes: after a requeue it goes on in the same wandb run."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(8))
+    return file.read_text()
 
 
 def close_writers() -> None:

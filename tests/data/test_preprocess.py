@@ -207,6 +207,7 @@ BAD = {
     "no key": ("in.jsonl", '{"content": "a"}\n', r"in.jsonl:1: no key 'text' \(its keys: content\)"),
     "no text": ("in.jsonl", '{"text": ""}\n', "no usable document"),
     "half a character": ("in.jsonl", '{"text": "\\ud800"}\n', "in.jsonl:1: 'text' holds half a character"),
+    "half a character in bytes": ("in.jsonl", b'{"text": "a\xed\xa0\x80"}\n', "in.jsonl:1: not JSON"),
     "too deep": ("in.jsonl", "[" * 99999, "in.jsonl:1: not JSON"),
     "not utf-8": ("in.txt", b"\xff", r"in.txt is not UTF-8 text \(byte 0\)"),
 }

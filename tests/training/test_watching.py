@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import os
 import re
 import subprocess
+from argparse import Namespace
 from importlib.util import find_spec
 
 import pytest
 from runs import ENVIRONMENT, command
 
-from megatron_clsa.training.progress import Progress
+from megatron_clsa.training.progress import Progress, place_writers
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 LINE = re.compile(
@@ -62,9 +64,24 @@ def test_profile_writes_a_trace(watched):
 @wandb
 def test_wandb_runs_offline_and_its_key_is_written_nowhere(watched):
     out, text = watched
-    assert list((out / "wandb").rglob("*.wandb"))
+    (record,) = (out / "wandb").rglob("*.wandb")
+    assert record.stem == f"run-{(out / 'wandb' / '01_dense.id').read_text()}"
     assert KEY not in text
     assert not [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_phase_is_one_wandb_run_however_often_it_starts(tmp_path, monkeypatch):
+    def identity(phase: str) -> str:
+        flags = dict(
+            profile=False, tensorboard_dir=None, wandb_project="p", wandb_exp_name="", wandb_save_dir=""
+        )
+        place_writers(Namespace(**flags, rank=0, world_size=1), phase, str(tmp_path))
+        return os.environ["WANDB_RUN_ID"]
+
+    monkeypatch.setenv("WANDB_RUN_ID", "")
+    monkeypatch.setenv("WANDB_RESUME", "")
+    first, other = identity("01_dense"), identity("02_sparse")
+    assert identity("01_dense") == first != other
 
 
 def test_time_left_follows_the_steps_of_the_phase():
