@@ -100,8 +100,3 @@ def attention_kd_sum(
         )
     rows_ce = _kd.streaming_kd(query, key, lse, q_idx, k_idx, rows, index, scale, index_scale)
     return rows_ce.masked_fill(~counted, 0.0).sum()
-
-
-def attention_mass(query, key, lse, rows: RowRange, sampled: Tensor, scale: float) -> Tensor:
-    """`[b, r, sk]`: dense attention probability summed over the local heads, rows `sampled [b, r]`."""
-    return _kd.attention_mass(query, key, lse, rows, sampled, scale)

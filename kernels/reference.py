@@ -62,9 +62,3 @@ def attention_kd(query, key, q_idx, k_idx, rows: RowRange, index, scale: float, 
     scores = torch.einsum("bqc,bkc->bqk", q_idx, k_idx) * index_scale
     log_q = torch.log_softmax(scores.masked_fill(~mask, float("-inf")), -1)
     return -(target * log_q.masked_fill(~mask, 0.0)).sum(-1)
-
-
-def attention_mass(query, key, rows: RowRange, sampled: Tensor, scale: float) -> Tensor:
-    """`[b, r, sk]`: attention probability summed over heads, for the sampled rows `[b, r]`."""
-    mass = _probabilities(query, key, rows.mask(key.shape[1]), scale)[0].sum(1)
-    return mass.gather(1, sampled[..., None].expand(-1, -1, key.shape[1]))

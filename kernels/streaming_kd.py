@@ -126,29 +126,3 @@ def streaming_kd(
     query, key, lse = query.detach(), key.detach(), lse.detach()
     scales = (scale, index_scale)
     return _StreamingKD.apply(query, key, lse, q_idx, k_idx, index, rows.start, rows.end, scales, blocks)
-
-
-@torch.no_grad()
-def attention_mass(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    rows: RowRange,
-    sampled: Tensor,
-    scale: float,
-    block_rows: int = 64,
-) -> Tensor:
-    """`[b, r, sk]`: attention probability summed over the local heads for the rows `sampled [b, r]`."""
-    take = sampled.long()
-    picked = RowRange(rows.start.gather(1, take), rows.end.gather(1, take))
-    query = query.gather(1, take[..., None, None].expand(-1, -1, *query.shape[2:]))
-    q, k = group_heads(query, key.shape[2]), key_major(key)
-    lse = lse.gather(2, take[:, None].expand(-1, lse.shape[1], -1)).unflatten(1, (key.shape[2], -1))
-    lse = lse.masked_fill(lse == NEGATIVE_INFINITY, 0.0).to(k.dtype)
-    mass = q.new_zeros(*take.shape, key.shape[1])
-    for start in range(0, take.shape[1], block_rows):
-        part = slice(start, start + block_rows)
-        mask = RowRange(picked.start[:, part], picked.end[:, part]).mask(key.shape[1])
-        p = masked_scores(stacked(q, part), k, mask, scale).sub_(stacked(lse, part)[..., None]).exp_()
-        mass[:, part] = p.unflatten(2, (-1, mask.shape[1])).sum((1, 2))
-    return mass

@@ -46,7 +46,7 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
         elif number < len(lines):
             raise UserError(f"{path}, line {number}: not a line of metrics")
@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def series(records: list[dict], metric: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric where it was measured. A distillation loss of 0 is one that was off."""
-    points = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
+    points = [(r["step"], r[metric]) for r in records if isinstance(r.get(metric), int | float)]
     if metric == "kd_loss":
         points = [point for point in points if point[1] != 0]
     return [step for step, _ in points], [value for _, value in points]

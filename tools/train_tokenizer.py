@@ -11,6 +11,8 @@ from megatron_clsa.data.readers import BadDocument, documents, list_inputs, plan
 from megatron_clsa.data.tokenizer import train_sentencepiece
 from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 
+MOST_THREADS = 1024  # of SentencePiece's trainer
+
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__)
@@ -45,6 +47,8 @@ def main() -> None:
     ):
         if value < 1:
             raise UserError(f"--{flag} {value}: give a positive number")
+    if args.workers > MOST_THREADS:
+        raise UserError(f"--workers {args.workers}: SentencePiece takes {MOST_THREADS} threads at most")
     model = train_sentencepiece(_texts(args), args.output, args.vocab_size, args.workers, args.max_bytes)
     print(f"{args.output}: {model.get_piece_size()} ids")
 

@@ -104,14 +104,3 @@ def test_kd_shards_of_heads_add_up():
         for i in range(2)
     ]  # fmt: skip
     torch.testing.assert_close(parts[0] + parts[1], whole)
-
-
-def test_attention_mass_of_sampled_rows():
-    case = make_case(b=2, sq=130, rows=packed_rows(2, 130, [50])).to(torch.float64)
-    sampled = torch.tensor([[0, 5, 129, 70], [1, 49, 50, 51]])
-    mass = dispatch.attention_mass(
-        case.query, case.key, attention_lse(case, None), case.rows, sampled, case.scale
-    )
-    expected = reference.attention_mass(case.query, case.key, case.rows, sampled, case.scale)
-    torch.testing.assert_close(mass, expected)
-    torch.testing.assert_close(mass.sum(-1), torch.full((2, 4), 4.0, dtype=torch.float64))
