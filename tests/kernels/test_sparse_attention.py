@@ -27,12 +27,30 @@ ATTEND = {"union": union_attention, "masked": masked_attention}
 both = pytest.mark.parametrize("kernel", BUILD)
 
 
-def _run(kernel, case, index, queries, dtype=torch.float32):
-    """Output, LSE and the three gradients of a random linear function of both."""
+def _contiguous(*tensors):
+    return tensors
+
+
+def _seq_major(tensor):
+    """`[b, s, ...]` held as `[s, b, ...]`, as hidden states are."""
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _as_in_the_model(query, key, value):
+    """K and V as views of one `[s, b, g * 2 d + 16]` tensor, gathered beside an indexer's 16 columns."""
+    beside = key.new_full((key.shape[1], key.shape[0], 16), float("nan"))
+    wide = torch.cat([torch.stack([key, value], 3).transpose(0, 1).flatten(2), beside], -1)
+    key, value = wide[..., :-16].unflatten(-1, (-1, 2, key.shape[3])).transpose(0, 1).unbind(3)
+    return _seq_major(query), key, value
+
+
+def _run(kernel, case, index, queries, dtype=torch.float32, held=_contiguous):
+    """Output, LSE and the three gradients of a random linear function; `held` gives the inputs' strides."""
     case = case.to(dtype)
     plan = BUILD[kernel](index, case.rows, case.key.shape[1], queries)
-    out, lse = ATTEND[kernel](case.query, case.key, case.value, plan, case.scale)
-    out.backward(_direction(out))
+    out, lse = ATTEND[kernel](*held(case.query, case.key, case.value), plan, case.scale)
+    direction = _direction(out)
+    out.backward(direction if held is _contiguous else _seq_major(direction))
     return out, lse, case.query.grad, case.key.grad, case.value.grad
 
 
@@ -48,8 +66,8 @@ def _direction(out):
     return torch.randn(out.shape, generator=generator).to(out)
 
 
-def _check(kernel, case, index, queries, dtype=torch.float32, floor_ulps=64.0):
-    actual = _run(kernel, case, index, queries, dtype)
+def _check(kernel, case, index, queries, dtype=torch.float32, floor_ulps=64.0, held=_contiguous):
+    actual = _run(kernel, case, index, queries, dtype, held)
     rounded = case.to(dtype)  # the reference starts from the same rounded inputs
     torch_own, exact = _expected(rounded, index, dtype), _expected(rounded, index, torch.float64)
     empty = exact[1] == float("-inf")
@@ -140,6 +158,14 @@ def test_point_6_a_row_whose_first_blocks_are_all_masked(kernel):
     index[0, 199, 0] = 199  # in the last block of a tile whose other queries fill the first
     index[0, 192:199] = torch.arange(64, 192, 16, device=DEVICE, dtype=torch.int32)
     _check(kernel, case, index, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@both
+def test_point_9_the_models_strided_keys_and_values(kernel, dtype):
+    rows = packed_rows(2, 40, [23, 9], DEVICE)
+    case = make_case(b=2, sq=40, h=4, g=2, d=64, rows=rows, device=DEVICE)
+    _check(kernel, case, random_index(rows, 40, 8), 8, dtype, held=_as_in_the_model)
 
 
 @both
@@ -257,10 +283,11 @@ def test_the_operator_follows_torch_librarys_rules(kernel):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("held", [_contiguous, _as_in_the_model])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8, 16, 32])
-def test_both_walks_give_the_same_bits(group, d, dtype, monkeypatch):
+def test_both_walks_give_the_same_bits(group, d, dtype, held, monkeypatch):
     """The Hopper version and the one for other chips, on packed rows of a batch, in several chunks."""
     case = make_case(
         b=2, sq=900, h=2 * group, g=2, d=d, rows=packed_rows(2, 900, [1, 690, 130], DEVICE), device=DEVICE
@@ -270,8 +297,8 @@ def test_both_walks_give_the_same_bits(group, d, dtype, monkeypatch):
     taken = []
     chosen = union._on_hopper
     monkeypatch.setattr(union, "_on_hopper", lambda *x, **kw: taken.append(chosen(*x, **kw)) or taken[-1])
-    hopper = _run("union", case, index, queries, dtype)
+    hopper = _run("union", case, index, queries, dtype, held)
     assert taken == [queries * group > 32]  # 64 rows
     monkeypatch.setattr(union, "_on_hopper", lambda *tensors, rows: False)
-    for a, b in zip(hopper, _run("union", case, index, queries, dtype), strict=True):
+    for a, b in zip(hopper, _run("union", case, index, queries, dtype, held), strict=True):
         assert torch.equal(a, b)
