@@ -171,7 +171,7 @@ def _attend_backward(
     dout, query, key, value = (_rows_contiguous(x) for x in (dout, query, key, value))
     (b, sq, h, d), (_, sk, g, _) = query.shape, key.shape
     delta = torch.empty(b, h, sq, dtype=torch.float32, device=query.device)
-    row_products[(triton.cdiv(sq, 64), b * h)](out, dout, delta, sq, h, *_strides(out, dout), D=d, BLOCK=64)
+    row_products[(b * h, triton.cdiv(sq, 64))](out, dout, delta, sq, h, *_strides(out, dout), D=d, BLOCK=64)
     delta -= dlse  # d lse / d score is the probability itself
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     total = torch.zeros(b, sk, g, 2, d, dtype=torch.float32, device=query.device)

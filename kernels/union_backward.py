@@ -60,9 +60,12 @@ def union_backward(
 def row_products(
     OUT, DOUT, DELTA, sq, h, o_b, o_s, o_h, do_b, do_s, do_h, D: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """`DELTA [b, h, sq] = sum_d OUT * DOUT` in fp32, what the softmax's gradient subtracts."""
-    head, batch = tl.program_id(1) % h, (tl.program_id(1) // h).to(tl.int64)
-    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """`DELTA [b, h, sq] = sum_d OUT * DOUT` in fp32, what the softmax's gradient subtracts.
+
+    Heads are on the grid's first axis: the second ends at 65535, which b * h may pass.
+    """
+    head, batch = tl.program_id(0) % h, (tl.program_id(0) // h).to(tl.int64)
+    s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d, s64, inside = tl.arange(0, D), s.to(tl.int64), (s < sq)[:, None]
     at = OUT + batch * o_b + head * o_h + (s64 * o_s)[:, None] + d[None, :]
     out = tl.load(at, mask=inside, other=0.0).to(tl.float32)

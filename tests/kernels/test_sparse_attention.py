@@ -168,6 +168,13 @@ def test_point_9_the_models_strided_keys_and_values(kernel, dtype):
     _check(kernel, case, random_index(rows, 40, 8), 8, dtype, held=_as_in_the_model)
 
 
+@pytest.mark.gpu
+@both
+def test_point_9_more_heads_in_a_batch_than_a_grids_second_axis_holds(kernel):
+    case = make_case(b=4100, sq=2, h=16, g=1, d=16, device=DEVICE)
+    _check(kernel, case, random_index(case.rows, 2, 2), 4)
+
+
 @both
 def test_point_14_large_logits(kernel):
     case = make_case(sq=48, h=4, g=2, d=16, device=DEVICE)
