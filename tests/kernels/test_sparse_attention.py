@@ -186,6 +186,16 @@ def test_point_14_large_logits(kernel):
 
 
 @both
+def test_point_7_a_very_negative_lse(kernel):
+    case = make_case(sq=48, h=4, g=2, d=16, device=DEVICE)
+    case.query, case.key = case.query.abs() + 8, -case.key.abs() - 5
+    index = random_index(case.rows, 48, 12)
+    _, lse = reference.attention(case.query, case.key, case.value, case.rows, case.scale, index)
+    assert lse.max() < -150
+    _check(kernel, case, index, 8, floor_ulps=lse.abs().max().item())
+
+
+@both
 def test_point_13_keys_that_nobody_selected_have_exactly_zero_gradient(kernel):
     case = make_case(sq=64, h=2, g=1, d=16, device=DEVICE)
     index = random_index(case.rows, 64, 6)
@@ -203,6 +213,30 @@ def test_point_10_two_runs_have_the_same_bits(kernel):
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
+@both
+def test_point_10_a_concurrent_stream_changes_no_bit(kernel):
+    case = make_case(sq=4096, h=10, g=2, d=64, device=DEVICE).to(torch.bfloat16)
+    inputs, direction = (case.query, case.key, case.value), torch.ones_like(case.query)
+    plan = BUILD[kernel](random_index(case.rows, 4096, 512), case.rows, 4096, 12)
+
+    def attend():
+        out, lse = ATTEND[kernel](*inputs, plan, case.scale)
+        return out, lse, *torch.autograd.grad(out, inputs, direction)
+
+    alone, results = attend(), []
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for stream in streams * 4:
+        with torch.cuda.stream(stream):
+            if len(results) < 2:
+                torch.cuda._sleep(20_000_000)  # about 12 ms, in which the host launches what follows
+            results.append(attend())
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(alone, result, strict=True))
+
+
 @pytest.mark.parametrize("kernel, huge", [("union", float("inf")), ("masked", 1e30)])  # 0 x inf is NaN
 def test_point_12_a_later_key_changes_no_earlier_output(kernel, huge):
     case = make_case(sq=64, h=4, g=2, d=16, device=DEVICE)
@@ -216,17 +250,50 @@ def test_point_12_a_later_key_changes_no_earlier_output(kernel, huge):
 
 
 @both
-def test_point_16_a_plan_serves_two_layers_and_a_late_backward(kernel):
+def test_point_16_a_plan_serves_four_layers_and_a_late_backward(kernel):
+    """Layers with queries of their own read one K and V, whose gradients are sums over them (point 13)."""
     case = make_case(sq=40, h=4, g=2, d=16, device=DEVICE)
-    other = make_case(sq=40, h=4, g=2, d=16, device=DEVICE, seed=9)
+    others = [make_case(sq=40, h=4, g=2, d=16, device=DEVICE, seed=seed).query for seed in range(1, 5)]
     first, second = random_index(case.rows, 40, 8), random_index(case.rows, 40, 8, seed=3)
-    expected = _run(kernel, case, first, 8)
-    query = case.query.clone().requires_grad_()
     plan = BUILD[kernel](first, case.rows, 40, 8)
-    out, _ = ATTEND[kernel](query, case.key, case.value, plan, case.scale)
-    _run(kernel, other, second, 8)  # another microbatch of the same shape comes between
-    out.backward(_direction(out))
-    assert torch.equal(query.grad, expected[2])
+
+    def gradients(attend, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (case.key, case.value, *others)]
+        key, value, *queries = inputs
+        outs = [attend(query, key, value)[0] for query in queries]
+        _run(kernel, case, second, 8)  # another microbatch of the same shape comes between
+        return torch.autograd.grad(outs, inputs, [x.to(dtype) for x in reversed(others)])
+
+    def exact(query, key, value):
+        return reference.attention(query, key, value, case.rows, case.scale, first)
+
+    actual = gradients(lambda *x: ATTEND[kernel](*x, plan, case.scale), torch.float32)
+    own, want = gradients(exact, torch.float32), gradients(exact, torch.float64)
+    for gradient in zip(actual, own, want, strict=True):
+        assert_as_exact_as_torch(*gradient)
+
+
+@both
+def test_point_17_a_row_decoded_over_a_cache_equals_prefill(kernel):
+    case = make_case(sq=150, h=5, g=1, d=16, device=DEVICE)
+    index = random_index(case.rows, 150, 40)
+    plan = BUILD[kernel](index, case.rows, 150, 12)
+    whole, whole_lse = ATTEND[kernel](case.query, case.key, case.value, plan, case.scale)
+    for t in (0, 1, 70, 149):
+        at, seen = slice(t, t + 1), slice(0, t + 1)
+        rows = RowRange(case.rows.start[:, at], case.rows.end[:, at])
+        plan = BUILD[kernel](index[:, at], rows, t + 1, 12)
+        cached = case.query[:, at], case.key[:, seen], case.value[:, seen]
+        out, lse = ATTEND[kernel](*cached, plan, case.scale)
+        torch.testing.assert_close(out, whole[:, at], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(lse, whole_lse[:, :, at], rtol=1e-6, atol=1e-6)
+
+
+@both
+def test_point_17_one_query_over_many_keys(kernel):
+    rows = take_rows(causal_rows(2, 700, DEVICE), torch.tensor([699], device=DEVICE))
+    case = make_case(b=2, sq=1, sk=700, h=5, g=1, d=16, rows=rows, device=DEVICE)
+    _check(kernel, case, random_index(rows, 700, 300), 12)
 
 
 def test_chunks_of_the_backward_do_not_change_the_sum(monkeypatch):
