@@ -11,6 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_clsa.kernels import cudnn, flash, indexer_kd
 from megatron_clsa.kernels.indexer_topk import triton_topk
 from megatron_clsa.kernels.kd_launch import Tiles
+from megatron_clsa.kernels.mask_plan import build_mask_plan
+from megatron_clsa.kernels.masked_attention import masked_attention
 from megatron_clsa.kernels.plan import build_union_plan
 from megatron_clsa.kernels.union_attention import union_attention
 
@@ -59,12 +61,13 @@ def test_the_distillation_compiles(kind, index_size):
     _in_one_graph(distil, case.q_idx, case.k_idx)
 
 
-def test_sparse_attention_compiles():
+@pytest.mark.parametrize(
+    "build, attend", [(build_union_plan, union_attention), (build_mask_plan, masked_attention)]
+)
+def test_sparse_attention_compiles(build, attend):
     case = make_case(sq=40, d=16, device=DEVICE).to(torch.float32)
-    plan = build_union_plan(random_index(case.rows, 40, 6), case.rows, 40, 8)
-    _in_one_graph(
-        lambda q, k, v: union_attention(q, k, v, plan, case.scale)[0], case.query, case.key, case.value
-    )
+    plan = build(random_index(case.rows, 40, 6), case.rows, 40, 8)
+    _in_one_graph(lambda q, k, v: attend(q, k, v, plan, case.scale)[0], case.query, case.key, case.value)
 
 
 def test_the_choice_of_dense_attention_compiles():
