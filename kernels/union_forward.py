@@ -57,11 +57,11 @@ def softmax_step(score, highest, total, log2_scale):
 
 @triton.jit
 def store_rows(OUT, LSE, acc, highest, total, batch, query, head, heads, sq, real, D: tl.constexpr):
-    """Write `acc [R, D]` over its sum, and the LSE; rows without keys give 0 and -inf."""
+    """Write `acc [R, D]` over its sum, and the LSE; rows without keys give 0 and -inf, those with NaN NaN."""
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     to = OUT + ((batch * sq + query) * heads + head)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(to, out.to(OUT.dtype.element_ty), mask=real[:, None])
-    lse = tl.where(total > 0, (highest + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(total == 0, float("-inf"), (highest + tl.log2(total)) * 0.6931471805599453)
     tl.store(LSE + (batch * heads + head) * sq + query, lse, mask=real)
 
 

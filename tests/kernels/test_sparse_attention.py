@@ -117,6 +117,20 @@ def test_point_2_rows_without_any_key(kernel):
     _check(kernel, case, random_index(rows, 33, 6), 8)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@both
+def test_a_row_with_a_score_that_is_no_number_has_no_lse_either(kernel, bad):
+    """The LSE of -inf is that of a row without keys, which losses leave out."""
+    case = make_case(sq=20, h=2, g=1, d=16, device=DEVICE)
+    index = random_index(case.rows, 20, 6)
+    case.query[0, 10, 0, 3] = bad
+    case.key[0, :, 0, 3] = case.key[0, :, 0, 3].abs()  # infinite scores are +inf
+    out, lse, *_ = _run(kernel, case, index, 8)
+    want, want_lse = reference.attention(case.query, case.key, case.value, case.rows, case.scale, index)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(lse.isnan(), ~want_lse.isfinite())  # the reference's is +inf where a score is
+
+
 @both
 def test_point_1_slots_of_minus_one_touch_nothing(kernel):
     case = make_case(sq=40, h=2, g=1, d=16, device=DEVICE)
