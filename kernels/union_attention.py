@@ -182,7 +182,8 @@ def _attend_backward(
             *(bounds[i::4] for i in range(4)), key_offsets, entries, strict=True
         )
     ]
-    widest = max(chunk.rows[1] - chunk.rows[0] for chunk in chunks)
+    # At least a block: an index that selects nothing would ask for a descriptor of no rows.
+    widest = max(BLOCK, *(chunk.rows[1] - chunk.rows[0] for chunk in chunks))
     scratch = torch.empty(widest, g, 2, d, dtype=query.dtype, device=query.device)
     together = math.gcd(g, max(1, _SUM_WIDTH // (2 * d)))  # powers of two: the dims are
     if _on_hopper(query, key, value, dout, rows=constants["R"]):

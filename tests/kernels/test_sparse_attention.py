@@ -117,6 +117,15 @@ def test_point_2_rows_without_any_key(kernel):
     _check(kernel, case, random_index(rows, 33, 6), 8)
 
 
+@both
+def test_an_index_that_selects_nothing(kernel):
+    """On Hopper, of a shape that the walk for it takes."""
+    case = make_case(sq=40, h=5, g=1, d=64, device=DEVICE)
+    index = torch.full((1, 40, 6), -1, dtype=torch.int32, device=DEVICE)
+    out, lse, *gradients = _run(kernel, case, index, 12, torch.bfloat16)
+    assert not any(x.any() for x in (out, *gradients)) and (lse == float("-inf")).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @both
 def test_a_row_with_a_score_that_is_no_number_has_no_lse_either(kernel, bad):
