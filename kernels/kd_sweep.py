@@ -1,7 +1,7 @@
 """Triton kernels of the distillation loss: index LSE, the sweep over all heads' scores, dk_idx.
 
-Owns tiles and arithmetic; launches, scratch and autograd are in `indexer_kd.py`. A pair's scores are made
-once for all heads, and their probabilities added in registers:
+Owns tiles and arithmetic; launches and scratch are in `kd_launch.py`, autograd in `indexer_kd.py`. A pair's
+scores are made once for all heads, and their probabilities added in registers:
 
     index_lse       log2 of the sum of exp2(I) of a span; join_spans of all
     sweep           A = sum_h exp2(q_h . k - lse_h);  d = H softmax(I) - A -> scratch;  value of a span

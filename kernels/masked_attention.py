@@ -1,7 +1,8 @@
 """Sparse attention through a bit mask, as a differentiable torch operator.
 
-Owns the operator's registration (fake tensors, autograd) and the shapes it takes. The meaning is
-`reference.attention` with an index. Axes: b batch, sq queries, sk keys, h query heads, g KV heads, d dim.
+Owns the operator's registration (fake tensors, autograd); `union_attention.supported` says which tensors both
+serve. The meaning is `reference.attention` with an index. Axes: b batch, sq queries, sk keys, h query heads,
+g KV heads, d dim.
 """
 
 import torch
@@ -9,9 +10,7 @@ from torch import Tensor
 
 from megatron_clsa.kernels import masked_launch as launch
 from megatron_clsa.kernels.mask_plan import LiveBlocks, MaskPlan
-from megatron_clsa.kernels.union_attention import check_scale, supported
-
-__all__ = ["masked_attention", "supported"]
+from megatron_clsa.kernels.union_attention import check_scale
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float):

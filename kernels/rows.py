@@ -26,10 +26,6 @@ class RowRange:
         """The same rows limited to the last `window` positions, the query's own included."""
         return RowRange(torch.maximum(self.start, self.end - (window - 1)), self.end)
 
-    def shifted(self, offset: int) -> "RowRange":
-        """The same rows for keys whose row 0 is global position `offset`."""
-        return RowRange(self.start - offset, self.end - offset)
-
     def mask(self, num_keys: int, first_key: int = 0) -> Tensor:
         """`[b, sq, num_keys]` bool, true where the key `first_key + j` is visible."""
         j = torch.arange(first_key, first_key + num_keys, device=self.end.device, dtype=self.end.dtype)

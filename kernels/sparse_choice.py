@@ -26,7 +26,7 @@ from megatron_clsa.kernels.rows import RowRange
 Kernel = Literal["auto", "union", "masked"]
 
 UNION_ROWS = 64  # rows of a union tile. 128 cost more FLOPs than they save gathers, unless an index is random
-MOST_MASK_BYTES = 4 << 30  # 128K tokens of 5 heads a KV head take 2.7 GiB
+MOST_MASK_BYTES = 4 << 30  # 128K tokens of 5 heads a KV head take 2.6 GiB
 _SAMPLED_TILES = 128
 
 # Nanoseconds of forward and backward for one key of a tile of 64 rows x 128 dims (one KV head), on one H100:

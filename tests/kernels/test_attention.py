@@ -192,7 +192,8 @@ def test_window_equals_reference(seq, window):
 
 def test_window_over_keys_with_a_halo_in_front():
     positions = torch.arange(64, 128)
-    rows = take_rows(causal_rows(1, 128).windowed(17), positions).shifted(48)
+    rows = take_rows(causal_rows(1, 128).windowed(17), positions)
+    rows = RowRange(rows.start - 48, rows.end - 48)  # the first key is that of position 48
     case = make_case(sq=64, sk=80, rows=rows)
     check(windowed(17, rows), direct_window(rows), case)
 
