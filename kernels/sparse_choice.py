@@ -5,7 +5,7 @@ either plan is built. Axes: b batch, sq queries, k selected, t tiles.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import triton
@@ -63,7 +63,13 @@ class PlanSizes:
 def make_plan(
     index: Tensor, rows: RowRange, num_keys: int, group_size: int, kernel: Kernel = "auto"
 ) -> UnionPlan | MaskPlan:
-    """The plan of `index [b, sq, k]` for `kernel`, or for the one that `choose` names."""
+    """The plan of `index [b, sq, k]` for `kernel`, or for the one that `choose` names.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"kernel {kernel!r}: give one of {', '.join(get_args(Kernel))}")
     if kernel == "auto":
         kernel = choose(index, rows, num_keys, group_size)
     if kernel == "masked":

@@ -54,6 +54,12 @@ def test_masks_beyond_the_bound_are_not_made(monkeypatch):
     assert choose(index, rows, 64, 4) == "union"
 
 
+def test_a_kernel_that_does_not_exist_is_refused():
+    rows = causal_rows(1, 8, DEVICE)
+    with pytest.raises(ValueError, match="'maskd'"):
+        make_plan(random_index(rows, 8, 2), rows, 8, 4, "maskd")
+
+
 def test_a_kernel_can_be_forced(monkeypatch):
     rows = causal_rows(1, 64, DEVICE)
     index = random_index(rows, 64, 16)
