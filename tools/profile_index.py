@@ -3,7 +3,8 @@
     python tools/profile_index.py --index FILE.pt --out DIR
     python tools/profile_index.py --model DIR --text FILE --length 32768 --out DIR
 
-FILE.pt holds an index `[s, k]` or `[b, s, k]` as torch.save writes it; DIR is an exported Hugging Face
+FILE.pt holds an index `[s, k]` or `[b, s, k]` as torch.save writes it: each row's positions ascend, none is
+beyond the row's own, -1 fills. DIR is an exported Hugging Face
 folder, a training run's folder or a checkpoint. Writes OUT/index.json and OUT/index.png, one entry a
 sequence. Owns the flags and the picture; the figures are in megatron_clsa/evaluate/index_structure.py.
 """
@@ -11,6 +12,7 @@ sequence. Owns the flags and the picture; the figures are in megatron_clsa/evalu
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 from megatron_clsa.evaluate.index_structure import structure
+from megatron_clsa.places import check_out, chosen_device
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _parser() -> OneLineParser:
@@ -37,17 +42,47 @@ def _parser() -> OneLineParser:
     return parser
 
 
+def _check(args) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    for flag in ("length", "sequences"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: give a positive number")
+    chosen_device(args.device)
+    check_out(args.out)
+
+
 def _saved(path: Path) -> torch.Tensor:
-    """`[b, s, k]` of a file."""
+    """`[b, s, k]` int32 of a file."""
     try:
-        index = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and the file system raise many kinds
-        raise UserError(f"--index {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    if not torch.is_tensor(index) or index.dim() not in (2, 3) or index.is_floating_point():
-        raise UserError(f"--index {path}: not an integer tensor [s, k] or [b, s, k]")
-    if index.numel() == 0 or index.max() >= index.shape[-2]:
-        raise UserError(f"--index {path}: positions must be below the number of rows, {index.shape[-2]}")
-    return index if index.dim() == 3 else index[None]
+        with warnings.catch_warnings(action="ignore"):  # sparse tensors warn, and are refused below
+            index = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"--index {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # pickle and zip raise many kinds, some with a number for a message
+        kind = type(error).__name__
+        raise UserError(f"--index {path} is no file of torch.save ({kind}): give one") from error
+    if not torch.is_tensor(index) or index.dim() not in (2, 3) or not index.numel():
+        raise UserError(f"--index {path}: give a tensor [s, k] or [b, s, k] that is not empty")
+    if index.layout != torch.strided or index.dtype not in INTEGERS:
+        raise UserError(f"--index {path} is {index.layout}, {index.dtype}: give a dense tensor of integers")
+    index = index if index.dim() == 3 else index[None]
+    _check_positions(index, path)
+    return index.int()
+
+
+def _check_positions(index: torch.Tensor, path: Path) -> None:
+    """Hold `[b, s, k]` to what the kernels promise: the figures are wrong for any other order."""
+    own = torch.arange(index.shape[1])[:, None]
+    before, after = index[..., :-1], index[..., 1:]
+    ascends = (after == -1) | ((before >= 0) & (after > before))
+    faults = {
+        "give -1 or positions from 0 to the row's own": ((index < -1) | (index > own)).any(-1),
+        "give positions that ascend, each once, and -1 only after them": ~ascends.all(-1),
+    }
+    for remedy, rows in faults.items():
+        if rows.any():
+            sequence, row = rows.nonzero()[0].tolist()
+            raise UserError(f"--index {path}, sequence {sequence}, row {row}: {remedy}")
 
 
 def _computed(args) -> torch.Tensor:
@@ -94,6 +129,7 @@ def draw(reports: list[dict], path: Path) -> None:
 @one_line_errors
 def main() -> None:
     args = _parser().parse_args()
+    _check(args)
     index = _saved(args.index) if args.index else _computed(args)
     reports = [structure(row) for row in index]
     if not any(report["long_rows"] for report in reports):
@@ -101,14 +137,17 @@ def main() -> None:
             f"no row sees more than k = {index.shape[-1]} keys, so that every row selects all: "
             f"give {'an index' if args.index else '--length'} above {index.shape[-1]}"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "index.json").write_text(json.dumps(reports, indent=1) + "\n")
-    draw(reports, args.out / "index.png")
-    for report in reports:
+    for report in reports:  # first: what took long should not be lost to a full disk
         overlap, union = report["overlap_by_lag"], report["union_over_k"]
         print(f"{report['long_rows']} rows, k {report['index_topk']}: shared with the row before "
               f"{overlap.get(1, float('nan')):.3f}, union of 16 / k {union.get(16, float('nan')):.2f}, "
               f"empty blocks {report['empty_blocks']}")  # fmt: skip
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "index.json").write_text(json.dumps(reports, indent=1) + "\n")
+        draw(reports, args.out / "index.png")
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

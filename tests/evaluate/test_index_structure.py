@@ -13,6 +13,10 @@ import pytest
 import torch
 from eval_folder import TOPK
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import profile_index
+
 from megatron_clsa.evaluate.index_structure import structure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +83,80 @@ def test_the_tool_profiles_a_model(folder, text, tmp_path):
     assert [report["long_rows"] for report in reports] == [100 - TOPK] * 2
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3, 4), torch.full((3, 4), 9), "no tensor"])
-def test_a_file_that_is_no_index_is_refused_in_one_line(content, tmp_path):
+def refused(capsys, *arguments) -> str:
+    """What the tool says on one line, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["profile_index.py", *map(str, arguments)])
+        assert profile_index.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.zeros(3, 4),
+        torch.zeros(3, 4, dtype=torch.bool),
+        torch.zeros(3, 4, dtype=torch.complex64),
+        window_index(9, 2).to_sparse(),
+        torch.zeros(0, 4, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.int32),
+        "no tensor",
+    ],
+    ids=["float", "bool", "complex", "sparse", "empty", "one axis", "no tensor"],
+)
+def test_a_file_that_is_no_index_is_refused(content, tmp_path, capsys):
     torch.save(content, tmp_path / "index.pt")
-    result = run("--index", tmp_path / "index.pt", "--out", tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: --index") and result.stderr.count("\n") == 1
+    assert "--index" in refused(capsys, "--index", tmp_path / "index.pt", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "hello"])
+def test_a_file_that_torch_did_not_save_is_refused(content, tmp_path, capsys):
+    (tmp_path / "index.pt").write_text(content)
+    said = refused(capsys, "--index", tmp_path / "index.pt", "--out", tmp_path)
+    assert "is no file of torch.save" in said
+    assert "No such file" in refused(capsys, "--index", tmp_path / "none.pt", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row, remedy",
+    [
+        ([10, 9, 8, 7], "ascend"),
+        ([7, 8, 8, 9], "ascend"),
+        ([7, -1, 8, 9], "-1 only after them"),
+        ([8, 9, 10, 11], "the row's own"),
+        ([-7, 8, 9, 10], "-1 or positions"),
+    ],
+    ids=["reversed", "twice", "-1 before", "future", "-7"],
+)
+def test_rows_that_the_kernels_do_not_make_are_refused(row, remedy, tmp_path, capsys):
+    index = window_index(40, 4)
+    index[10] = torch.tensor(row)
+    torch.save(torch.stack([window_index(40, 4), index]), tmp_path / "index.pt")
+    said = refused(capsys, "--index", tmp_path / "index.pt", "--out", tmp_path)
+    assert "sequence 1, row 10" in said and remedy in said
+
+
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        ("--length 0", "--length 0"),
+        ("--length -5", "--length -5"),
+        ("--sequences 0", "--sequences 0"),
+        ("--device bogus", "--device bogus"),
+        ("--device cuda:99", "--device cuda:99"),
+    ],
+)
+def test_bad_flags_are_refused_before_a_model_is_loaded(words, flag, tmp_path, capsys):
+    arguments = "--model", tmp_path / "none", "--text", tmp_path / "none.txt", "--out", tmp_path / "out"
+    assert f"error: {flag}" in refused(capsys, *arguments, *words.split())
+
+
+def test_an_out_that_is_a_file_is_refused_before_work(tmp_path, capsys):
+    out = tmp_path / "file"
+    out.write_text("kept")
+    assert f"--out {out} is a file" in refused(capsys, "--index", tmp_path / "none.pt", "--out", out)
 
 
 def test_rows_that_select_all_they_see_are_refused(tmp_path):
