@@ -1,6 +1,7 @@
 """Time every kernel against its peers on this machine and write docs/results/kernels.json; see --help."""
 
 import importlib
+import math
 import pkgutil
 import shlex
 import sys
@@ -12,6 +13,9 @@ import torch
 from bench.harness import FAMILIES, Settings, measure, merge_rows
 
 from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
+from megatron_clsa.places import chosen_device
+
+SECONDS = 0.2
 
 
 def _load_families() -> None:
@@ -24,8 +28,8 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help=f"of {', '.join(sorted(FAMILIES))} (all)")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], metavar="TOKENS")
-    parser.add_argument("--seconds", type=float, default=0.2, help="timed seconds a side of a case (0.2)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="timed seconds a side of a case (0.2)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU, if there is one)")
     parser.add_argument("--out", default="docs/results/kernels.json", help="rows of other metrics stay")
     return parser
 
@@ -41,7 +45,27 @@ def _command(args) -> str:
     """The command that repeats the figures, without the paths of this machine."""
     lengths = [str(length) for length in args.lengths]
     words = ["--only", *args.only] if args.only else []
-    return shlex.join(["python", "tools/bench_kernels.py", *words, "--lengths", *lengths])
+    words += ["--lengths", *lengths]
+    words += ["--seconds", f"{args.seconds:g}"] if args.seconds != SECONDS else []
+    return shlex.join(["python", "tools/bench_kernels.py", *words])
+
+
+def _check(args, names: list[str]) -> torch.device:
+    """The device; whatever can be refused is refused here, before the first case is timed."""
+    if unknown := [name for name in names if name not in FAMILIES]:
+        raise UserError(f"--only {unknown[0]} is no family; choose from {', '.join(sorted(FAMILIES))}")
+    if wrong := [length for length in args.lengths if length < 1]:
+        raise UserError(f"--lengths {wrong[0]}: give positive numbers of tokens")
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f"--seconds {args.seconds}: give a positive number")
+    device = chosen_device(args.device)
+    try:
+        merge_rows(args.out, [])  # as after each case: rows read, folder made, file written
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}; give a file") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--out {args.out} holds something else than rows: give another file") from error
+    return device
 
 
 def _measured(name: str, settings: Settings, command: str, out: str) -> bool:
@@ -66,9 +90,7 @@ def main() -> int:
     _load_families()
     args = _parser().parse_args()
     names = args.only or sorted(FAMILIES)
-    if unknown := [name for name in names if name not in FAMILIES]:
-        raise UserError(f"--only {unknown[0]} is no family; choose from {', '.join(sorted(FAMILIES))}")
-    settings = Settings(tuple(args.lengths), args.seconds, torch.device(args.device))
+    settings = Settings(tuple(args.lengths), args.seconds, _check(args, names))
     command = _command(args)
     failed = [name for name in names if not _measured(name, settings, command, args.out)]
     return int(bool(failed))
