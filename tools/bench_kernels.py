@@ -1,4 +1,4 @@
-"""Time every kernel against its peers on this machine and write docs/results/kernels.json; see --help."""
+"""Time the kernels and their peers on this machine and write docs/results/kernels.json; see --help."""
 
 import importlib
 import math
