@@ -19,7 +19,6 @@ ENTRIES = {
     "attention_kd_sum": lambda c, i, lse: dispatch.attention_kd_sum(
         c.query, c.key, lse, c.q_idx, c.k_idx, c.rows, i, c.rows.end >= 0, 1.0, 1.0
     ),
-    "attention_mass": lambda c, i, lse: dispatch.attention_mass(c.query, c.key, lse, c.rows, i[..., 0], 1.0),
 }
 
 
