@@ -1,15 +1,15 @@
 """The tokenizer of an exported folder: a Hugging Face folder is copied, a SentencePiece file translated.
 
-Owns no training of tokenizers. Translation uses transformers' own merge rules, so that AutoTokenizer loads
-the result without SentencePiece; a test holds both to the same ids on real text.
+Owns no training of tokenizers and no translation (`sentencepiece_model.py`).
 """
 
 import shutil
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer
 
+from megatron_clsa.convert.sentencepiece_model import fast_from_sentencepiece
 from megatron_clsa.errors import UserError
 
 _FILES = (
@@ -28,7 +28,7 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int) -> dict[str, int]:
     """Write `source` (a folder or a SentencePiece file) into `out`. Returns its bos, eos and pad ids.
 
     Raises:
-        UserError: if it cannot be loaded or has more tokens than the model has rows.
+        UserError: if it cannot be loaded or translated, or has more tokens than the model has rows.
     """
     try:
         if source.is_dir():
@@ -84,32 +84,3 @@ def count_tokens(source: Path) -> int:
         return model.GetPieceSize()
     except Exception as error:  # the tokenizers library raises bare ones
         raise UserError(f"--tokenizer {source} cannot be loaded: {error}") from None
-
-
-def fast_from_sentencepiece(path: Path):
-    """A transformers tokenizer with the ids of the SentencePiece BPE model at `path`."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import generate_merges
-
-    model = sentencepiece.SentencePieceProcessor()
-    model.LoadFromSerializedProto(path.read_bytes())
-    pieces = [model.IdToPiece(i) for i in range(model.GetPieceSize())]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    special = {piece for i, piece in enumerate(pieces) if model.IsControl(i) or model.IsByte(i)}
-    special.add(pieces[model.unk_id()])
-    scores = {piece: model.GetScore(i) for i, piece in enumerate(pieces)}
-    merges = generate_merges(vocab, scores, special)
-    unknown = pieces[model.unk_id()]
-    bpe = models.BPE(vocab, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    named = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "pad_token": model.pad_id()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=unknown,
-        clean_up_tokenization_spaces=False,
-        **{name: pieces[i] for name, i in named.items() if i >= 0},
-    )
