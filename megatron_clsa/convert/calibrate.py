@@ -53,11 +53,13 @@ class Calibration:
         from transformers import AutoModelForCausalLM
 
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
+            self.model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
         except Exception as error:  # transformers raises many kinds
             raise UserError(f"{folder} cannot be loaded: {error or type(error).__name__}") from None
+        if lost := sorted(found["missing_keys"]) or sorted(found["mismatched_keys"]):
+            raise UserError(f"{folder} lacks weights, {len(lost)} of them, such as {lost[0]}")
         self.model.eval().to(device)
         self.arch, self.device = arch, device
         held_out = max(1, len(tokens) // 8)

@@ -10,13 +10,19 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_clsa.convert.architecture import Architecture
-from megatron_clsa.convert.imports import check_config
+from megatron_clsa.convert.imports import check_config, check_tensors
 from megatron_clsa.convert.names import entries
 from megatron_clsa.convert.weights import WeightFolder, rope_theta, rope_type
 from megatron_clsa.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _QK_NORM, _QKV_BIAS = {"qwen3"}, {"qwen2"}
+# What transformers takes where config.json is silent; elsewhere sizes follow from others.
+_SILENT = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ def dense_architecture(folder: WeightFolder, family: str, choices: DenseChoices)
     Raises:
         UserError: if the folder is of another family, or has something that CLSA has no place for.
     """
-    config = folder.config
     _check_family(folder, family, choices)
+    config = _SILENT.get(family, {}) | folder.config
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     half = choices.num_self_decoder_layers
     half = layers // 2 if half is None else half
@@ -74,7 +80,18 @@ def dense_architecture(folder: WeightFolder, family: str, choices: DenseChoices)
         add_qkv_bias=family in _QKV_BIAS,
     )
     check_config(arch, folder.folder / "config.json")
+    _check_weights(folder, arch)
     return arch
+
+
+def _check_weights(folder: WeightFolder, arch: Architecture) -> None:
+    """Refuse tensors that are missing or have another shape: transformers would make them up.
+
+    With a window in every layer and no memory, CLSA's names are the dense model's.
+    """
+    if "embed_tokens.weight" in folder.names():
+        raise UserError(f"{folder} holds a base model without its head: save the AutoModelForCausalLM")
+    check_tensors(folder, list(entries(replace(arch, num_self_decoder_layers=arch.num_layers))), arch)
 
 
 def _check_family(folder: WeightFolder, family: str, choices: DenseChoices) -> None:

@@ -43,6 +43,9 @@ HF_FIELDS = {
 }
 
 
+_BUFFERS = (".rotary_emb.inv_freq",)  # older versions of transformers saved it; it follows from the config
+
+
 class WeightSource(Protocol):
     """Anything that has a CLSA model's tensors under their Hugging Face names."""
 
@@ -102,7 +105,7 @@ def write_checkpoint(
 ) -> None:
     """Fill the existing folder `out`. `dtype`: None keeps each tensor's. `progress(tensors done, of all)`."""
     table = list(entries(arch))
-    _check(source, table, arch)
+    check_tensors(source, table, arch)
     with closing(TorchDistWriter(out)) as writer:
         for number, entry in enumerate(table, start=1):
             parts = [source.read(name) for name in entry.hf]
@@ -113,8 +116,13 @@ def write_checkpoint(
     write_recipe_section(arch, out)
 
 
-def _check(source: WeightSource, table: list[Entry], arch: Architecture) -> None:
-    left = source.names()
+def check_tensors(source: WeightSource, table: list[Entry], arch: Architecture) -> None:
+    """Refuse a source that has other tensors than `table`, or in other shapes.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    left = {name for name in source.names() if not name.endswith(_BUFFERS)}
     for name, shape in _hf_shapes(table):
         if name not in left:
             raise UserError(f"{source} lacks {name}: not the model that its config.json tells")

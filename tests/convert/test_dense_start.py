@@ -4,17 +4,20 @@ Whole runs from such a start are in test_init_from.py.
 """
 
 import json
+import re
 
 import pytest
 import torch
 from checkpoints import error_line
 from dense_models import byte_tokenizer, dense_model
+from safetensors.torch import load_file, save_file
 from tools_here import from_hf
 
 from megatron_clsa.convert.dense import DenseChoices
 from megatron_clsa.convert.dense_start import StartChoices, _dense_reading_model, make_start
 from megatron_clsa.convert.shared_heads import fit_shared_heads, mean_rotation, rotate_heads
 from megatron_clsa.convert.weights import WeightFolder
+from megatron_clsa.errors import UserError
 
 FAMILIES = {  # family -> key/value heads, tied
     "llama": (2, False),
@@ -145,6 +148,77 @@ def test_what_clsa_has_no_place_for_is_refused(tmp_path, changes, named):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     line = error_line(from_hf("--init-from", "llama", "--memory-init=mean", path.parent, tmp_path / "out"))
     assert named in line and not (tmp_path / "out").exists()
+
+
+def _lost(name: str):
+    def damage(weights, config):
+        del weights[name]
+
+    return damage
+
+
+def _base_model(weights, config):
+    for name in list(weights):
+        weights[name.removeprefix("model.")] = weights.pop(name)
+
+
+def _config(**changes):
+    def damage(weights, config):
+        config.update(changes)
+
+    return damage
+
+
+def _one_more(weights, config):
+    weights["model.layers.3.self_attn.k_proj.bias"] = torch.zeros(16)
+
+
+@pytest.mark.parametrize("memory", ["aligned", "mean"])
+@pytest.mark.parametrize(
+    "family, damage, named",
+    [
+        ("llama", _lost("model.layers.3.self_attn.k_proj.weight"), "layers.3.self_attn.k_proj.weight"),
+        ("qwen2", _lost("model.layers.3.self_attn.v_proj.bias"), "layers.3.self_attn.v_proj.bias"),
+        ("qwen3", _lost("model.layers.3.self_attn.k_norm.weight"), "layers.3.self_attn.k_norm.weight"),
+        ("llama", _lost("lm_head.weight"), "lm_head.weight"),
+        ("llama", _base_model, "AutoModelForCausalLM"),
+        ("llama", _one_more, "layers.3.self_attn.k_proj.bias"),
+        ("llama", _config(num_hidden_layers=6), "model.layers.4."),
+        ("llama", _config(num_hidden_layers=3), "model.layers.3."),
+        ("llama", _config(head_dim=16), "layers.0.self_attn.q_proj.weight"),
+        ("mistral", _config(num_key_value_heads=4), "layers.0.self_attn.k_proj.weight"),
+        ("llama", _config(hidden_size=64), "embed_tokens.weight"),
+    ],
+)
+def test_weights_that_are_not_the_configs_are_named(tmp_path, memory, family, damage, named):
+    folder = byte_tokenizer(tmp_path)
+    dense_model(family).save_pretrained(folder)
+    weights, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
+    damage(weights, config)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=re.escape(named)):
+        make_start(WeightFolder(folder), folder, _choices(family, memory))
+
+
+def test_a_size_that_qwen3s_config_leaves_out_is_transformers_default(tmp_path):
+    dense_model("qwen3", head_dim=128).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, arch, _ = make_start(WeightFolder(tmp_path), None, _choices("qwen3", "mean"))
+    assert arch.kv_channels == 128
+
+
+def test_a_buffer_that_older_versions_saved_is_no_stranger(tmp_path):
+    dense_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    make_start(WeightFolder(tmp_path), None, _choices("llama", "mean"))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
