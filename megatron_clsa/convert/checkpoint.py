@@ -1,66 +1,28 @@
 """Reads tensors of a `torch_dist` checkpoint one at a time, of any parallel layout, without megatron.
 
-Owns the file format: the index in `.metadata`, the slices in `*.distcp`. Executes nothing that a checkpoint
-holds: the index is unpickled with an allow-list, slices with `weights_only=True`, after their CRC is checked.
-torch's own reader (`torch.distributed.checkpoint.FileSystemReader`) unpickles the index as it comes.
+Owns the folder and the slices in `*.distcp`; the index is `dist_index.py`'s. Executes nothing that a slice
+holds: it is loaded with `weights_only=True`, after its CRC is checked.
+
+Where there is a manifest, a file is held to its SHA-256 before its first slice is used. A slice's CRC lies in
+the file itself, and no slice names its tensor: a file of another run, with the same shapes, would pass. One
+more pass over the files is little beside the training that made them; files without weights are left out.
 """
 
 import io
-import pickle
+import math
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_clsa.convert import manifest
+from megatron_clsa.convert.dist_index import IndexEntry, Slice, read_index
 from megatron_clsa.convert.manifest import complete_steps, step_folder
 from megatron_clsa.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_METADATA = "torch.distributed.checkpoint.metadata"
-_ALLOWED = {
-    (_METADATA, name)
-    for name in (
-        "Metadata",
-        "MetadataIndex",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds the classes that torch writes into `.metadata`, and no others."""
-
-    def find_class(self, module: str, name: str):
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not dtype and (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def load_index(file: BinaryIO):
-    """The index of a checkpoint (`.metadata`). Runs nothing that a file may hold.
-
-    Raises:
-        pickle.UnpicklingError: if it holds anything else than an index.
-    """
-    try:
-        return _IndexUnpickler(file).load()
-    except pickle.UnpicklingError:
-        raise
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise pickle.UnpicklingError(f"not an index: {error}") from None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -102,25 +64,29 @@ class TorchDistReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            index = _IndexUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
-            self._slices = index.storage_data
-            self._tensors = {
-                name: entry
-                for name, entry in index.state_dict_metadata.items()
-                if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
-            }
-        except OSError as error:
-            raise UserError(f"{folder} cannot be read: {error}") from None
-        except Exception as error:  # a damaged pickle can fail in any way
-            raise UserError(f"{folder / '.metadata'} is damaged or not a checkpoint's: {error}") from None
+        sealed = (folder / manifest.NAME).is_file()
+        self._records = manifest.read_manifest(folder) if sealed else None
+        self._sound: set[str] = set()
+        self._check_file(".metadata")
+        self._tensors = read_index(folder / ".metadata")
+
+    def _check_file(self, name: str) -> None:
+        """Hold a file to the manifest, once."""
+        if self._records is None or name in self._sound:
+            return
+        fault = f"{self.folder / name} was not part of this save"
+        if name in self._records:
+            fault = manifest.file_fault(self.folder, name, self._records[name])
+        if fault:
+            raise UserError(f"{fault}; take another checkpoint")
+        self._sound.add(name)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every model tensor, by name, in no particular order."""
-        return {name: tuple(entry.size) for name, entry in self._tensors.items()}
+        return {name: entry.shape for name, entry in self._tensors.items()}
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].properties.dtype
+        return self._tensors[name].dtype
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, put together from the slices of all ranks.
@@ -129,29 +95,27 @@ class TorchDistReader:
             UserError: naming the file whose bytes are missing, cut or changed.
         """
         entry = self._tensors[name]
-        if sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) != entry.size.numel():
-            raise UserError(f"{self.folder / '.metadata'} is damaged: the slices of {name} are not its whole")
-        if len(entry.chunks) == 1:
-            return self._read_chunk(name, entry.chunks[0]).view(entry.size)
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-        for chunk in entry.chunks:
-            part = self._read_chunk(name, chunk)
+        if len(entry.slices) == 1:
+            return self._read_slice(name, entry, entry.slices[0]).view(entry.shape)
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for piece in entry.slices:
+            part = self._read_slice(name, entry, piece)
             target = whole
-            for axis, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            for axis, (offset, size) in enumerate(zip(piece.start, piece.shape, strict=True)):
                 target = target.narrow(axis, offset, size)
             target.copy_(part.view(target.shape))
         return whole
 
-    def _read_chunk(self, name: str, chunk) -> Tensor:
-        place = self._slices.get(MetadataIndex(name, chunk.offsets))
-        if place is None:
-            raise UserError(f"{self.folder / '.metadata'} is damaged: it has no place for a slice of {name}")
-        tensor = self._read_slice(self.folder / place.relative_path, place.offset, place.length)
-        if not isinstance(tensor, Tensor) or tensor.numel() != torch.Size(chunk.sizes).numel():
-            raise UserError(f"{self.folder / place.relative_path} holds something else than {name}")
+    def _read_slice(self, name: str, entry: IndexEntry, piece: Slice) -> Tensor:
+        self._check_file(piece.file)
+        path = self.folder / piece.file
+        tensor = self._load(path, piece.offset, piece.length)
+        fits = isinstance(tensor, Tensor) and tensor.numel() == math.prod(piece.shape)
+        if not fits or tensor.dtype != entry.dtype:
+            raise UserError(f"{path} holds something else than {name}; take another checkpoint")
         return tensor
 
-    def _read_slice(self, path: Path, offset: int, length: int):
+    def _load(self, path: Path, offset: int, length: int):
         try:
             with path.open("rb", buffering=0) as file, io.BufferedReader(_Part(file, offset, length)) as data:
                 broken = zipfile.ZipFile(data).testzip()
@@ -159,8 +123,8 @@ class TorchDistReader:
                     raise zipfile.BadZipFile(f"checksum of {broken} differs")
                 data.seek(0)
                 return torch.load(data, weights_only=True, map_location="cpu")
-        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a damaged archive or pickle can fail in any way
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"{path} is damaged at byte {offset}: {reason}; take another checkpoint"
             ) from None

@@ -20,7 +20,7 @@ from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.card import model_card
 from megatron_clsa.convert.checkpoint import TorchDistReader
 from megatron_clsa.convert.names import Entry, entries
-from megatron_clsa.convert.safetensors_file import SafetensorsWriter
+from megatron_clsa.convert.safetensors_file import DTYPES, SafetensorsWriter
 from megatron_clsa.convert.tokenizer import write_tokenizer
 from megatron_clsa.convert.weights import INDEX
 from megatron_clsa.errors import UserError
@@ -64,6 +64,8 @@ def check_tensors(reader: TorchDistReader, arch: Architecture) -> list[Entry]:
                 f"{reader.folder}: {entry.megatron} has shape {list(found)}, its clsa.json tells "
                 f"{list(entry.shape)}"
             )
+        if reader.dtype(entry.megatron) not in DTYPES:
+            raise UserError(f"{reader.folder}: {entry.megatron} is {reader.dtype(entry.megatron)}, no weight")
     if shapes:
         raise UserError(f"{reader.folder} holds {min(shapes)}, which a CLSA model does not have")
     return table

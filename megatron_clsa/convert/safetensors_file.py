@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_NAMES = {
+DTYPES = {  # that can be written, and their names in the file
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -34,7 +34,7 @@ class SafetensorsWriter:
         header, start = {"__metadata__": {"format": "pt"}}, 0
         for name, shape in shapes.items():
             end = start + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes

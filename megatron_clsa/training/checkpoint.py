@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.training import get_args
 
 from megatron_clsa.convert import manifest
-from megatron_clsa.convert.checkpoint import TRACKER, load_index
+from megatron_clsa.convert.checkpoint import TRACKER
+from megatron_clsa.convert.dist_index import load_index
 from megatron_clsa.errors import UserError, say
 from megatron_clsa.parallel.cpu import param_groups_of_any_schedule
 

@@ -26,7 +26,7 @@ from megatron.training.global_vars import get_signal_handler, get_tokenizer, set
 from megatron.training.training import destroy_global_state
 
 from megatron_clsa.convert.architecture import Architecture, check_same_architecture, read_architecture
-from megatron_clsa.convert.checkpoint import load_index
+from megatron_clsa.convert.dist_index import load_index
 from megatron_clsa.data.provider import train_valid_test_datasets_provider
 from megatron_clsa.errors import UserError, say
 from megatron_clsa.model.builder import CLSAModelConfig

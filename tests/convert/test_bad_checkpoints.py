@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import pytest
 import torch
 from checkpoints import ENVIRONMENT, ROOT, error_line, make
 from tools_here import to_hf
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_clsa.convert import manifest
+from megatron_clsa.convert.architecture import read_architecture
 from megatron_clsa.convert.checkpoint import TorchDistReader
+from megatron_clsa.convert.dist_index import load_index, read_index
+from megatron_clsa.convert.export import check_tensors
 from megatron_clsa.convert.whole_folder import whole_folder
 from megatron_clsa.errors import UserError
 
@@ -102,14 +106,116 @@ def test_a_pickle_planted_in_a_slice_never_runs(checkpoint):
     with zipfile.ZipFile(data, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(_Planted(mark)))
         archive.writestr("archive/version", "3\n")
-    place = TorchDistReader(checkpoint)._slices[MetadataIndex("memory.norm.weight", torch.Size([0]))]
+    place = read_index(checkpoint / ".metadata")["memory.norm.weight"].slices[0]
     room = place.length - len(data.getvalue())
     assert 0 <= room <= 65535  # of the zip's comment
-    with (checkpoint / place.relative_path).open("r+b") as file:
+    with (checkpoint / place.file).open("r+b") as file:
         file.seek(place.offset)
         file.write(data.getvalue()[:-2] + room.to_bytes(2, "little") + b" " * room)
-    assert place.relative_path in _refused(checkpoint)
+    assert place.file in _refused(checkpoint)
     assert not mark.exists()
+
+
+def _seal(checkpoint: Path) -> None:
+    """The manifest that a training run writes."""
+    files = [file.name for file in checkpoint.iterdir() if file.name != "clsa.json"]
+    manifest.seal(checkpoint, {name: manifest.describe(checkpoint / name) for name in files}, {})
+
+
+def test_weights_of_another_run_are_named(checkpoint):
+    """Of equal shapes, with sound checksums of their own: only the manifest tells them from this run's."""
+    _seal(checkpoint)
+    reader, entry = TorchDistReader(checkpoint), "memory.norm.weight"
+    place = read_index(checkpoint / ".metadata")[entry].slices[0]
+    data = io.BytesIO()
+    torch.save(reader.read(entry) + 1, data)
+    assert len(data.getvalue()) == place.length
+    with (checkpoint / place.file).open("r+b") as file:
+        file.seek(place.offset)
+        file.write(data.getvalue())
+    assert f"{place.file} was changed after it was written" in _refused(checkpoint)
+
+
+def test_a_file_that_the_manifest_does_not_name_is_refused(checkpoint):
+    _seal(checkpoint)
+    content = json.loads((checkpoint / "manifest.json").read_text())
+    del content["files"][".metadata"]
+    (checkpoint / "manifest.json").write_text(json.dumps(content))
+    assert ".metadata was not part of this save" in _refused(checkpoint)
+
+
+def _refused_or_sound(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    """A damage may be seen or change nothing; no other error, no other weight."""
+    try:
+        reader = TorchDistReader(folder)
+        table = check_tensors(reader, read_architecture(folder))
+        found = {entry.megatron: reader.read(entry.megatron) for entry in table}
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.fixture(scope="module")
+def contents(sound):
+    reader = TorchDistReader(sound)
+    return {name: reader.read(name) for name in reader.shapes()}
+
+
+@pytest.mark.parametrize("file", [".metadata", "*.distcp"])
+def test_a_flipped_bit_without_a_manifest_is_one_line_wherever_it_is(checkpoint, contents, file):
+    path = next(checkpoint.glob(file))
+    sound, rng = path.read_bytes(), random.Random(1)
+    for _ in range(150):
+        data = bytearray(sound)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        _refused_or_sound(checkpoint, contents)
+
+
+def _without_an_offset(index):
+    place = next(place for key, place in index.storage_data.items() if key.fqn == "memory.norm.weight")
+    del place.__dict__["offset"]
+
+
+def _without_chunks(index):
+    del index.state_dict_metadata["memory.norm.weight"].__dict__["chunks"]
+
+
+def _outside(index):
+    for place in index.storage_data.values():
+        object.__setattr__(place, "relative_path", "../" + place.relative_path)
+
+
+def _at_one_place(index):
+    places = index.storage_data
+    norms = [key for key in places if key.fqn in ("memory.norm.weight", "decoder.final_layernorm.weight")]
+    places[norms[0]] = places[norms[1]]
+
+
+def _whole_numbers(index):
+    entry = index.state_dict_metadata["memory.norm.weight"]
+    entry.properties.dtype = torch.int32
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (_without_an_offset, "offset"),
+        (_without_chunks, "chunks"),
+        (_outside, "lies in '../"),
+        (_at_one_place, "two slices share byte"),
+        (_whole_numbers, "memory.norm.weight is torch.int32"),
+    ],
+)
+def test_an_index_that_no_save_writes_is_refused(checkpoint, damage, said):
+    path = checkpoint / ".metadata"
+    with path.open("rb") as file:
+        index = load_index(file)
+    damage(index)
+    path.write_bytes(pickle.dumps(index))
+    assert said in _refused(checkpoint)
 
 
 def test_a_checkpoint_of_something_else_is_refused(checkpoint):
