@@ -20,7 +20,7 @@ from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.card import model_card
 from megatron_clsa.convert.checkpoint import TorchDistReader
 from megatron_clsa.convert.names import Entry, entries
-from megatron_clsa.convert.safetensors_file import DTYPES, SafetensorsWriter
+from megatron_clsa.convert.safetensors_file import DTYPES, Planned, SafetensorsWriter
 from megatron_clsa.convert.tokenizer import write_tokenizer
 from megatron_clsa.convert.weights import INDEX
 from megatron_clsa.errors import UserError
@@ -35,7 +35,7 @@ class ExportOptions:
     """What the user chooses.
 
     Attributes:
-        dtype: of the written weights; None keeps the checkpoint's.
+        dtype: of the written weights; None keeps each tensor's.
         max_shard_bytes: upper limit of a safetensors file, unless one tensor alone is larger.
         tokenizer: folder or SentencePiece file; None writes no tokenizer.
         run: folder of the training run, for the model card.
@@ -81,14 +81,15 @@ def export(
     """Fill the existing folder `out`, which the caller makes visible. `progress(bytes written, of all)`."""
     table = check_tensors(reader, arch)
     ids = write_tokenizer(options.tokenizer, out, arch.vocab_size) if options.tokenizer else {}
-    dtype = options.dtype or reader.dtype(table[0].megatron)
-    _write_json(out / "config.json", hf_config(arch, dtype, ids))
+    dtypes = {entry.megatron: options.dtype or reader.dtype(entry.megatron) for entry in table}
+    _write_json(out / "config.json", hf_config(arch, dtypes[table[0].megatron], ids))
     _write_json(out / "generation_config.json", {"_from_model_config": True, "do_sample": False} | ids)
     code = Path(importlib.util.find_spec("megatron_clsa").origin).parent / "hf"
     for name in CODE_FILES:
         shutil.copyfile(code / name, out / name)
     (out / "README.md").write_text(model_card(arch, options.run))
-    _write_weights(reader, table, out, dtype, options.max_shard_bytes, progress)
+    shards = _shards(table, dtypes, options.max_shard_bytes)
+    _write_weights(_hf_tensors(reader, table), shards, out, progress)
 
 
 def hf_config(arch: Architecture, dtype: torch.dtype, token_ids: dict[str, int]) -> dict:
@@ -131,17 +132,16 @@ def hf_config(arch: Architecture, dtype: torch.dtype, token_ids: dict[str, int])
     }
 
 
-def _write_weights(reader, table, out: Path, dtype, limit: int, progress) -> None:
-    shards, index, done = _shards(table, dtype.itemsize, limit), {}, 0
-    total = sum(torch.Size(shape).numel() for shard in shards for shape in shard.values()) * dtype.itemsize
+def _write_weights(tensors: Iterator, shards: list[dict[str, Planned]], out: Path, progress) -> None:
+    index, done = {}, 0
+    total = sum(plan.nbytes for shard in shards for plan in shard.values())
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    tensors = _hf_tensors(reader, table)
     for file, shard in zip(names, shards, strict=True):
-        with closing(SafetensorsWriter(out / file, shard, dtype)) as writer:
-            for name, shape in shard.items():
+        with closing(SafetensorsWriter(out / file, shard)) as writer:
+            for name, plan in shard.items():
                 writer.add(*next(tensors))
                 index[name] = file
-                done += torch.Size(shape).numel() * dtype.itemsize
+                done += plan.nbytes
                 progress(done, total)
             writer.finish()
     _write_json(out / INDEX, {"metadata": {"total_size": done}, "weight_map": index})
@@ -156,18 +156,18 @@ def _hf_tensors(reader, table: list[Entry]) -> Iterator[tuple[str, Tensor]]:
             yield name, parts.pop(0)
 
 
-def _shards(table: list[Entry], itemsize: int, limit: int) -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of each file's tensors, in order."""
+def _shards(table: list[Entry], dtypes: dict[str, torch.dtype], limit: int) -> list[dict[str, Planned]]:
+    """Each file's tensors, in order. `dtypes` by Megatron name."""
     shards, used = [{}], 0
     for entry in table:
         parts = entry.split(torch.empty(entry.shape, device="meta"))
         for name, part in zip(entry.hf, parts, strict=True):
-            size = part.numel() * itemsize
-            if shards[-1] and used + size > limit:
+            plan = Planned(tuple(part.shape), dtypes[entry.megatron])
+            if shards[-1] and used + plan.nbytes > limit:
                 shards.append({})
                 used = 0
-            shards[-1][name] = tuple(part.shape)
-            used += size
+            shards[-1][name] = plan
+            used += plan.nbytes
     return shards
 
 

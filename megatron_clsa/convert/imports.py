@@ -108,8 +108,8 @@ def write_checkpoint(
     check_tensors(source, table, arch)
     with closing(TorchDistWriter(out)) as writer:
         for number, entry in enumerate(table, start=1):
-            parts = [source.read(name) for name in entry.hf]
-            writer.add(entry.megatron, entry.join(parts).to(dtype or parts[0].dtype))
+            whole = entry.join([source.read(name) for name in entry.hf])  # of the widest dtype among them
+            writer.add(entry.megatron, whole if dtype is None else whole.to(dtype))
             progress(number, len(table))
         writer.finish()
     arch.write(out)

@@ -5,7 +5,9 @@ after the other); reading is the safetensors library's, which keeps a whole file
 """
 
 import json
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,21 +22,33 @@ DTYPES = {  # that can be written, and their names in the file
 _BLOCK = 1 << 24  # bytes that are converted and written at a time
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that a file will hold."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class SafetensorsWriter:
     """One file, filled by `add` in the order of its header.
 
     Args:
         path: of the file, which is written anew.
-        shapes: of every tensor, by name.
-        dtype: of all of them.
+        tensors: shape and dtype of each, by name.
     """
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
-        self.dtype, self._left = dtype, list(shapes.items())
+    def __init__(self, path: Path, tensors: dict[str, Planned]):
+        self._left = list(tensors.items())
         header, start = {"__metadata__": {"format": "pt"}}, 0
-        for name, shape in shapes.items():
-            end = start + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        for name, plan in tensors.items():
+            end = start + plan.nbytes
+            offsets = [start, end]
+            header[name] = {"dtype": DTYPES[plan.dtype], "shape": list(plan.shape), "data_offsets": offsets}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
@@ -47,11 +61,12 @@ class SafetensorsWriter:
         Raises:
             ValueError: if the header has another tensor here.
         """
-        if not self._left or self._left.pop(0) != (name, tuple(tensor.shape)):
+        planned, plan = self._left.pop(0) if self._left else (None, None)
+        if planned != name or plan.shape != tuple(tensor.shape):
             raise ValueError(f"{name} {list(tensor.shape)} is not what the header has next")
         flat = tensor.flatten() if tensor.is_contiguous() else tensor.contiguous().flatten()
-        for block in flat.split(_BLOCK // self.dtype.itemsize):
-            self._file.write(block.to(self.dtype).view(torch.uint8).numpy())
+        for block in flat.split(_BLOCK // plan.dtype.itemsize):
+            self._file.write(block.to(plan.dtype).view(torch.uint8).numpy())
 
     def finish(self) -> None:
         """Bring the file to the disk.

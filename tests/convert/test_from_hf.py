@@ -1,6 +1,7 @@
 """What `tools/from_hf.py` writes loads at every layout and comes back from it to the last bit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,21 @@ def test_bfloat16_weights_stay_bfloat16(folder, trained, tmp_path):
         assert result.returncode == 0, result.stderr[-3000:]
     assert {t.dtype for t in _weights(tmp_path / "again").values()} == {torch.bfloat16}
     _assert_same_model(tmp_path / "again", tmp_path / "half")
+
+
+def test_weights_of_several_dtypes_come_back_as_they_were(folder, tmp_path):
+    """As folders that keep their norms in fp32."""
+    mixed = Path(shutil.copytree(folder, tmp_path / "mixed"))
+    (mixed / "manifest.json").unlink()
+    weights = {k: v if "norm" in k else v.bfloat16() for k, v in _weights(mixed).items()}
+    save_file(weights, _shard(mixed), metadata={"format": "pt"})
+    config = json.loads((mixed / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (mixed / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    assert from_hf(mixed, tmp_path / "start").returncode == 0
+    assert to_hf(tmp_path / "start", tmp_path / "again").returncode == 0
+    again = _weights(tmp_path / "again")
+    assert {k: v.dtype for k, v in again.items()} == {k: v.dtype for k, v in weights.items()}
+    _assert_same_model(tmp_path / "again", mixed)
 
 
 @pytest.fixture
