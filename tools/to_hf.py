@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
+from megatron_clsa.errors import OneLineParser, UserError, one_line_errors, say
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -76,6 +76,8 @@ def main() -> None:
             from megatron_clsa.convert.verify import verify
 
             print(verify(reader, arch, temporary))
+    if arch.cross_attention == "dense":
+        say(f"WARNING: {folder} is of a phase with dense cross-attention, and {args.out} reads that way, too")
     print(f"{args.out}: made from {folder}")
 
 

@@ -15,7 +15,7 @@ FILE = "clsa.json"
 _FORMAT = "megatron_clsa architecture 1"
 # A later phase may change these: no weight depends on them.
 _FREE = {"max_position_embeddings", "index_topk", "sliding_window", "rotary_base", "init_method_std"}
-_FREE |= {"tokenizer_type", "tokenizer_model"}
+_FREE |= {"tokenizer_type", "tokenizer_model", "cross_attention", "indexer_loss_coef"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Architecture:
         index_topk: positions that the index selects (of the phase that wrote the checkpoint).
         add_qkv_bias: whether q, k and v have biases (Qwen2), in the window layers, cross layers and memory.
         tokenizer_model: path of the tokenizer at training time; None where it has no file.
+        cross_attention: "sparse" or "dense", as the phase that wrote the checkpoint read the memory.
+        indexer_loss_coef: of a folder that was fine-tuned; training here has its own weights of losses.
     """
 
     vocab_size: int
@@ -54,6 +56,8 @@ class Architecture:
     add_qkv_bias: bool = False
     tokenizer_type: str | None = None
     tokenizer_model: str | None = None
+    cross_attention: str = "sparse"
+    indexer_loss_coef: float = 0.0
 
     @classmethod
     def of(cls, config, **others) -> "Architecture":
@@ -98,8 +102,11 @@ def faulty_field(arch: Architecture) -> tuple[str, str] | None:
             return field.name, f"is {value!r}, not a positive whole number"
         if field.type is bool and type(value) is not bool:
             return field.name, f"is {value!r}, neither true nor false"
-        if field.type is float and not (type(value) in (int, float) and 0 < value < math.inf):
+        off = field.name == "indexer_loss_coef" and value == 0
+        if field.type is float and not off and not (type(value) in (int, float) and 0 < value < math.inf):
             return field.name, f"is {value!r}, not a positive number"
+    if arch.cross_attention not in ("sparse", "dense"):
+        return "cross_attention", f"is {arch.cross_attention!r}, neither 'sparse' nor 'dense'"
     if arch.num_self_decoder_layers >= arch.num_layers:
         return "num_self_decoder_layers", f"is {arch.num_self_decoder_layers} of {arch.num_layers} layers"
     if arch.num_attention_heads % arch.num_query_groups:

@@ -18,8 +18,8 @@ tags: [clsa, custom_code]
 
 Cross-layer sparse attention: {self_layers} window layers (each token sees {window}), one memory of keys and
 values, and {cross_layers} layers that read it at the {topk} positions that one index selects for a token.
-Hidden size {hidden}, MLP {ffn}, {heads} query heads and {groups} key/value heads of {width}, index head of
-{index}, vocabulary {vocab}, {tied} embeddings, at most {positions} positions.
+{dense}Hidden size {hidden}, MLP {ffn}, {heads} query heads and {groups} key/value heads of {width}, index
+head of {index}, vocabulary {vocab}, {tied} embeddings, at most {positions} positions.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +29,10 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 {training}"""
 
+_DENSE = """These weights are of a phase in which those layers read the whole memory, and so does this folder:
+`cross_attention` is "dense" in its `config.json`. Its index may be untrained.
+"""
+
 
 def model_card(arch: Architecture, run: Path | None) -> str:
     """Markdown with the model's sizes and, if `run` holds a training record, a table of its phases."""
@@ -37,6 +41,7 @@ def model_card(arch: Architecture, run: Path | None) -> str:
         cross_layers=arch.num_layers - arch.num_self_decoder_layers,
         window=arch.sliding_window,
         topk=arch.index_topk,
+        dense=_DENSE if arch.cross_attention == "dense" else "",
         hidden=arch.hidden_size,
         heads=arch.num_attention_heads,
         groups=arch.num_query_groups,

@@ -78,6 +78,7 @@ def dense_architecture(folder: WeightFolder, family: str, choices: DenseChoices)
         max_position_embeddings=config["max_position_embeddings"],
         init_method_std=config.get("initializer_range", 0.02),
         add_qkv_bias=family in _QKV_BIAS,
+        cross_attention="dense",  # the index is not trained yet
     )
     check_config(arch, folder.folder / "config.json")
     _check_weights(folder, arch)

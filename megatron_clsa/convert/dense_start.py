@@ -100,8 +100,7 @@ def _dense_reading_model(source: DenseStart, arch: Architecture) -> nn.Module:
     """The start as transformers' model; its cross layers read the whole memory, as the first phase's do."""
     from megatron_clsa.hf import CLSAConfig, CLSAForCausalLM
 
-    config = CLSAConfig(**hf_config(arch, torch.float32, {}), cross_attention="dense")
-    model = CLSAForCausalLM(config)
+    model = CLSAForCausalLM(CLSAConfig(**hf_config(arch, torch.float32, {})))
     weights = {name: source.read(name).float() for entry in entries(arch) for name in entry.hf}
     model.load_state_dict(weights, strict=False)
     model.tie_weights()

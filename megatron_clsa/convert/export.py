@@ -122,6 +122,8 @@ def hf_config(arch: Architecture, dtype: torch.dtype, token_ids: dict[str, int])
         "index_head_dim": arch.index_head_dim,
         "index_topk": arch.index_topk,
         "index_qk_norm": arch.index_qk_norm,
+        "cross_attention": arch.cross_attention,
+        "indexer_loss_coef": arch.indexer_loss_coef,
         "max_position_embeddings": arch.max_position_embeddings,
         "tie_word_embeddings": arch.tie_embeddings,
         "initializer_range": arch.init_method_std,

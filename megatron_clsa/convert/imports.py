@@ -46,6 +46,10 @@ HF_FIELDS = {
 _BUFFERS = (".rotary_emb.inv_freq",)  # older versions of transformers saved it; it follows from the config
 
 
+# Where config.json is silent, the model's own defaults.
+_SILENT = {"cross_attention": "sparse", "indexer_loss_coef": 0.0}
+
+
 class WeightSource(Protocol):
     """Anything that has a CLSA model's tensors under their Hugging Face names."""
 
@@ -74,6 +78,7 @@ def architecture_of(folder: WeightFolder, tokenizer: Path | None) -> Architectur
     arch = Architecture(
         **{ours: config[theirs] for ours, theirs in HF_FIELDS.items()},
         rotary_base=rope_theta(config),
+        **{name: config.get(name, default) for name, default in _SILENT.items()},
         **tokenizer_fields(tokenizer),
     )
     check_config(arch, path)

@@ -5,7 +5,8 @@ Builds the Megatron model on this machine's CPU (local spec, one rank). Owns no 
 
 Rounding also decides which of two positions with nearly the same score is the k-th, and one other position
 moves a logit by more than that. So both models read the checkpoint's index, and the folder's own is compared
-apart: it may differ only in positions whose scores are that close to the k-th best.
+apart: it may differ only in positions whose scores are that close to the k-th best. Where a folder reads the
+whole memory (`cross_attention: dense`), the logits are of that reading; its index is compared all the same.
 """
 
 from collections.abc import Iterator
@@ -108,13 +109,20 @@ def _hugging_face(folder: Path, tokens: Tensor, chosen: Tensor) -> tuple[Tensor,
         found.append(_strangers(query, key, own_selection(query, key, seen, first_row), chosen))
         return chosen
 
-    model.model._selected = given_selection
+    reads = model.config.cross_attention
+    model.config.cross_attention, model.model._selected = "sparse", given_selection
     with torch.no_grad():
-        return model.eval()(tokens, use_cache=False).logits, found[0]
+        logits = model.eval()(tokens, use_cache=False).logits
+        if reads == "dense":
+            model.config.cross_attention, model.model._selected = reads, own_selection
+            logits = model(tokens, use_cache=False).logits
+    return logits, found[0]
 
 
 def _megatron(reader: TorchDistReader, arch: Architecture, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`[1, s, V]` fp32 logits of the checkpoint's model, sparse, and its index as a mask `[1, 1, s, s]`."""
+    """`[1, s, V]` fp32 logits of the checkpoint's model and its index as a mask `[1, 1, s, s]`."""
+    from megatron_clsa.model.forward_mode import ForwardMode
+
     made = []
     with _one_rank():
         model = _build(arch, padded_vocab=reader.shapes()["embedding.word_embeddings.weight"][0])
@@ -123,7 +131,10 @@ def _megatron(reader: TorchDistReader, arch: Architecture, tokens: Tensor) -> tu
         model.memory.indexer.register_forward_hook(lambda _, args, out: made.append(out))
         positions = torch.arange(tokens.shape[1])[None]
         with torch.no_grad():
-            logits = model.eval()(tokens, positions).float()[..., : arch.vocab_size]
+            logits = model.eval()(tokens, positions, mode=ForwardMode("sparse"))
+            if arch.cross_attention == "dense":
+                logits = model(tokens, positions, mode=ForwardMode("dense"))
+    logits = logits.float()[..., : arch.vocab_size]
     query, key = made[0].transpose(0, 1).split(arch.index_head_dim, dim=-1)
     index = dispatch.topk_index(query, key, causal_rows(*tokens.shape), arch.index_topk).long()
     mask = torch.zeros(*tokens.shape, tokens.shape[1] + 1, dtype=torch.bool)
@@ -151,7 +162,6 @@ def _build(arch: Architecture, padded_vocab: int):
         hidden_dropout=0.0,
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,
-        cross_attention="sparse",
     )
     settings = CLSAModelConfig(
         transformer=config,

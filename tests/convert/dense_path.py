@@ -3,6 +3,7 @@
 For test_dense_families.py; owns no test. A forked server imports the libraries once for all models.
 """
 
+import json
 import multiprocessing
 import os
 import traceback
@@ -11,6 +12,8 @@ from pathlib import Path
 import yaml
 from dense_models import byte_tokenizer, dense_model
 from tools_here import from_hf, to_hf
+
+from megatron_clsa.convert.architecture import read_architecture
 
 SMALL = ("--sliding-window", 8, "--index-topk", 12, "--index-head-dim", 8)
 TEXT = ("--calibration-tokens", 2048, "--calibration-length", 64)
@@ -47,6 +50,9 @@ def _walk(folder: Path, family: str, groups: int, tied: bool) -> int:
     assert made.returncode == 0, made.stderr
     recipe = _recipe(start, dense)
     assert train(["--config", str(recipe), "--out", str(run), "--pretrained-checkpoint", str(start)]) == 0
+    phases = json.loads((run / "run.json").read_text())["complete"].values()
+    read = [read_architecture(run / "checkpoints" / done["folder"]).cross_attention for done in phases]
+    assert read == [phase["cross_attention"] for phase in PHASES]
     exported = to_hf(run, folder / "hf", "--verify")
     assert exported.returncode == 0 and "verified" in exported.stdout, exported.stderr
     return _generate(folder / "hf")

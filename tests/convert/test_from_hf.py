@@ -90,6 +90,20 @@ def test_weights_of_several_dtypes_come_back_as_they_were(folder, tmp_path):
     _assert_same_model(tmp_path / "again", mixed)
 
 
+def test_a_folder_that_reads_the_whole_memory_stays_one(folder, tmp_path):
+    """And keeps the weight of the index's loss, which fine-tuning writes."""
+    dense = Path(shutil.copytree(folder, tmp_path / "dense"))
+    config = json.loads((dense / "config.json").read_text())
+    config |= {"cross_attention": "dense", "indexer_loss_coef": 0.25}
+    (dense / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for words in ((from_hf, dense, tmp_path / "start"), (to_hf, tmp_path / "start", tmp_path / "again")):
+        result = words[0](*words[1:], "--verify")
+        assert result.returncode == 0 and "verified" in result.stdout, result.stderr[-3000:]
+    _assert_same_model(tmp_path / "again", dense)
+    assert len([line for line in result.stderr.splitlines() if line.startswith("WARNING: ")]) == 1
+    assert "read the whole memory" in (tmp_path / "again" / "README.md").read_text()
+
+
 @pytest.fixture
 def copy(folder, tmp_path):
     """A copy of the folder to damage."""

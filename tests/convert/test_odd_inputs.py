@@ -96,6 +96,8 @@ WRONG = {
     "layernorm_epsilon": float("nan"),
     "kv_channels": None,
     "index_topk": 0,
+    "cross_attention": "thin",
+    "indexer_loss_coef": -1,
     "colour": "red",
 }
 
@@ -118,6 +120,8 @@ WRONG_CONFIG = {
     "rope_parameters": "default",
     "sliding_window": 0,
     "vocab_size": True,
+    "cross_attention": "thin",
+    "indexer_loss_coef": float("nan"),
 }
 
 

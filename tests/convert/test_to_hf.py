@@ -113,12 +113,17 @@ def _one_position_fewer(config, weights):
     config["index_topk"] -= 1
 
 
+def _whole_memory_read(config, weights):
+    config["cross_attention"] = "dense"
+
+
 @pytest.mark.parametrize(
     "plant, said",
     [
         (_window_off_by_one, "logits differ"),
         (_index_sign_flipped, "index selects other positions"),
         (_one_position_fewer, "index selects other positions"),
+        (_whole_memory_read, "logits differ"),
         (_one_norm_lost, "logits differ"),
         (_key_and_value_swapped, "logits differ"),
     ],
