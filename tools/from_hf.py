@@ -115,7 +115,8 @@ def main() -> None:
         if report is not None:
             (temporary / "start.json").write_text(json.dumps(report, indent=1) + "\n")
         if args.verify:
-            _verify(temporary, arch, args)
+            _verify(temporary, arch, source, args)
+        arch.write(temporary)  # from here on it is a checkpoint
     print(f"{args.out}: made from {args.model}")
 
 
@@ -168,13 +169,13 @@ def _dense(folder, tokenizer: Path | None, args):
     return source, arch, report
 
 
-def _verify(checkpoint: Path, arch, args) -> None:
+def _verify(checkpoint: Path, arch, source, args) -> None:
     from megatron_clsa.convert.checkpoint import TorchDistReader, find_checkpoint
     from megatron_clsa.convert.verify import verify
 
     if args.dtype not in (None, "float32"):
         raise UserError(f"--verify compares fp32 logits: leave --dtype {args.dtype} out, or --verify")
-    print(verify(TorchDistReader(find_checkpoint(checkpoint)), arch, args.model))
+    print(verify(TorchDistReader(find_checkpoint(checkpoint)), arch, args.model, source.config))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> None:
 
     from megatron_clsa.convert.architecture import read_architecture
     from megatron_clsa.convert.checkpoint import TorchDistReader, find_checkpoint
-    from megatron_clsa.convert.export import ExportOptions, export
+    from megatron_clsa.convert.export import ExportOptions, export, write_config
     from megatron_clsa.convert.progress import Bar
     from megatron_clsa.convert.whole_folder import whole_folder
 
@@ -71,11 +71,12 @@ def main() -> None:
         run=next(iter(folder.resolve().parents[2:3]), None),
     )
     with whole_folder(args.out, args.force, (folder,)) as temporary:
-        export(reader, arch, temporary, options, Bar("weights", "MB", 10**6))
+        config = export(reader, arch, temporary, options, Bar("weights", "MB", 10**6))
         if args.verify:
             from megatron_clsa.convert.verify import verify
 
-            print(verify(reader, arch, temporary))
+            print(verify(reader, arch, temporary, config))
+        write_config(temporary, config)  # from here on it loads
     if arch.cross_attention == "dense":
         say(f"WARNING: {folder} is of a phase with dense cross-attention, and {args.out} reads that way, too")
     print(f"{args.out}: made from {folder}")

@@ -1,7 +1,8 @@
 """Writes a Hugging Face folder: weights shard by shard, config, the model's own code, tokenizer, card.
 
-Owns the folder's content; that it appears whole or not at all is `whole_folder.py`'s. The manifest of the
-weights (`manifest.py`) is its last file. Peak memory: the largest tensor, and a second one of its size.
+Owns the folder's content; that it appears whole or not at all is `whole_folder.py`'s. Nothing loads the
+folder without `config.json`, so that the caller writes it last, when all that could stop an export is over,
+`--verify` included. Peak memory: the largest tensor, and a second one of its size.
 """
 
 import importlib.util
@@ -77,12 +78,14 @@ def export(
     out: Path,
     options: ExportOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Fill the existing folder `out`, which the caller makes visible. `progress(bytes written, of all)`."""
+) -> dict:
+    """Fill the existing folder `out`, which the caller makes visible. `progress(bytes written, of all)`.
+
+    Returns what `write_config` makes the folder loadable with.
+    """
     table = check_tensors(reader, arch)
     ids = write_tokenizer(options.tokenizer, out, arch.vocab_size) if options.tokenizer else {}
     dtypes = {entry.megatron: options.dtype or reader.dtype(entry.megatron) for entry in table}
-    _write_json(out / "config.json", hf_config(arch, dtypes[table[0].megatron], ids))
     _write_json(out / "generation_config.json", {"_from_model_config": True, "do_sample": False} | ids)
     code = Path(importlib.util.find_spec("megatron_clsa").origin).parent / "hf"
     for name in CODE_FILES:
@@ -90,6 +93,12 @@ def export(
     (out / "README.md").write_text(model_card(arch, options.run))
     shards = _shards(table, dtypes, options.max_shard_bytes)
     _write_weights(_hf_tensors(reader, table), shards, out, progress)
+    return hf_config(arch, dtypes[table[0].megatron], ids)
+
+
+def write_config(out: Path, config: dict) -> None:
+    """Write `config.json`, whole or not at all."""
+    manifest.write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def hf_config(arch: Architecture, dtype: torch.dtype, token_ids: dict[str, int]) -> dict:

@@ -108,7 +108,12 @@ def write_checkpoint(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Fill the existing folder `out`. `dtype`: None keeps each tensor's. `progress(tensors done, of all)`."""
+    """Fill the existing folder `out`, which becomes a checkpoint when the caller writes `arch` into it.
+
+    Args:
+        dtype: None keeps each tensor's.
+        progress: called with the number of tensors done and of all.
+    """
     table = list(entries(arch))
     check_tensors(source, table, arch)
     with closing(TorchDistWriter(out)) as writer:
@@ -117,7 +122,6 @@ def write_checkpoint(
             writer.add(entry.megatron, whole if dtype is None else whole.to(dtype))
             progress(number, len(table))
         writer.finish()
-    arch.write(out)
     write_recipe_section(arch, out)
 
 

@@ -46,18 +46,20 @@ class Verdict:
         return text + (f"; {self.ties} near ties of the index fell otherwise" if self.ties else "")
 
 
-def verify(reader: TorchDistReader, arch: Architecture, folder: Path) -> Verdict:
+def verify(reader: TorchDistReader, arch: Architecture, folder: Path, config: dict) -> Verdict:
     """Compare `folder` with the checkpoint.
 
     The sequence is longer than window and k together: a shorter one would hide an index that selects wrongly.
 
+    Args:
+        config: what the folder's `config.json` holds, or will hold once the folder is known to be right.
     Raises:
         UserError: if logits differ by more than `TOLERANCE`, are not finite, or the index is another one.
     """
     length = 2 * max(arch.sliding_window, arch.index_topk) + 33
     tokens = torch.randint(arch.vocab_size, (1, length), generator=torch.Generator().manual_seed(7))
     expected, chosen = _megatron(reader, arch, tokens)
-    actual, strangers = _hugging_face(folder, tokens, chosen)
+    actual, strangers = _hugging_face(folder, config, tokens, chosen)
     difference = (expected - actual).abs().amax(dim=(0, 2))
     worst = difference.max().item()
     reason = "the folder was not made from this checkpoint, or a conversion rule is wrong"
@@ -96,13 +98,9 @@ def _strangers(query: Tensor, key: Tensor, own: Tensor, chosen: Tensor) -> _Stra
     return _Strangers(int(other.sum()), gap)
 
 
-def _hugging_face(folder: Path, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, _Strangers]:
+def _hugging_face(folder: Path, config: dict, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, _Strangers]:
     """`[1, s, V]` fp32 logits through the code inside the folder, reading the positions `chosen`."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = _load(folder, config)
     own_selection, found = model.model._selected, []
 
     def given_selection(query, key, seen, first_row):
@@ -117,6 +115,23 @@ def _hugging_face(folder: Path, tokens: Tensor, chosen: Tensor) -> tuple[Tensor,
             model.config.cross_attention, model.model._selected = reads, own_selection
             logits = model(tokens, use_cache=False).logits
     return logits, found[0]
+
+
+def _load(folder: Path, config: dict):
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        own_config = get_class_from_dynamic_module(config["auto_map"]["AutoConfig"], folder)
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=own_config.from_dict(config),
+            trust_remote_code=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{folder} cannot be loaded by its own code for --verify: {error}") from None
 
 
 def _megatron(reader: TorchDistReader, arch: Architecture, tokens: Tensor) -> tuple[Tensor, Tensor]:

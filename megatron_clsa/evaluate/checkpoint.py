@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_clsa.convert.architecture import read_architecture
 from megatron_clsa.convert.checkpoint import TorchDistReader, find_checkpoint
-from megatron_clsa.convert.export import ExportOptions, export
+from megatron_clsa.convert.export import ExportOptions, export, write_config
 from megatron_clsa.errors import UserError
 
 
@@ -35,5 +35,6 @@ def as_folder(model: Path, tokenizer: Path | None) -> Iterator[Path]:
             f"--model {model} is a checkpoint and its tokenizer {chosen} is gone: give --tokenizer"
         )
     with tempfile.TemporaryDirectory(prefix="evaluate-") as temporary:
-        export(TorchDistReader(folder), arch, Path(temporary), ExportOptions(tokenizer=chosen))
+        config = export(TorchDistReader(folder), arch, Path(temporary), ExportOptions(tokenizer=chosen))
+        write_config(Path(temporary), config)
         yield Path(temporary)

@@ -293,31 +293,47 @@ def _kill(words: list, out: Path, far_enough) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("written", [0, 3, 10])
-def test_kill_9_leaves_no_folder_that_loads(checkpoint, tmp_path, written):
-    """Killed when that many shards lie in its temporary folder, which does not load either."""
+def _has(name: str):
+    return lambda files: any(file.name == name for file in files)
+
+
+def _shards(count: int):
+    return lambda files: sum(file.suffix == ".safetensors" for file in files) >= count
+
+
+@pytest.mark.parametrize(
+    "far_enough",
+    [_shards(0), _shards(3), _shards(10), _has("manifest.json")],
+    ids=["0", "3", "10", "verifying"],
+)
+def test_kill_9_leaves_no_folder_that_loads(checkpoint, tmp_path, far_enough):
+    """Killed when that many shards lie in its temporary folder, or all: it does not load either."""
     from transformers import AutoModelForCausalLM
 
-    def far_enough(files):
-        return sum(file.suffix == ".safetensors" for file in files) >= written
-
-    tool = ROOT / "tools" / "to_hf.py"
-    _kill([tool, checkpoint, tmp_path / "hf", "--max-shard-size", "1KB"], tmp_path / "hf", far_enough)
+    words = [ROOT / "tools" / "to_hf.py", checkpoint, tmp_path / "hf", "--max-shard-size", "1KB", "--verify"]
+    _kill(words, tmp_path / "hf", far_enough)
     for left in tmp_path.glob(".hf.*"):
-        assert not (left / "manifest.json").exists()
         with pytest.raises((OSError, ValueError)):
             AutoModelForCausalLM.from_pretrained(left, trust_remote_code=True)
 
 
-@pytest.mark.parametrize("size", [0, 1])
-def test_kill_9_of_the_way_back_leaves_no_checkpoint(checkpoint, tmp_path, size):
-    """Killed when that many bytes of tensors lie in its temporary folder."""
+def _tensors(size: int):
+    return lambda files: sum(file.stat().st_size for file in files if file.suffix == ".distcp") >= size
+
+
+@pytest.mark.parametrize(
+    "far_enough, said",
+    [
+        (_tensors(0), "holds no checkpoint"),
+        (_tensors(1), "holds no checkpoint"),
+        (_has("model.yaml"), "has no clsa.json"),
+    ],
+    ids=["0", "1", "verifying"],
+)
+def test_kill_9_of_the_way_back_leaves_no_checkpoint(checkpoint, tmp_path, far_enough, said):
+    """Killed when that many bytes of tensors lie in its temporary folder, or all."""
     folder, out = tmp_path / "hf", tmp_path / "start"
     assert to_hf(checkpoint, folder).returncode == 0
-
-    def far_enough(files):
-        return sum(file.stat().st_size for file in files if file.suffix == ".distcp") >= size
-
-    _kill([ROOT / "tools" / "from_hf.py", folder, out], out, far_enough)
+    _kill([ROOT / "tools" / "from_hf.py", folder, out, "--verify"], out, far_enough)
     for left in tmp_path.glob(".start.*"):
-        assert "holds no checkpoint" in error_line(to_hf(left, tmp_path / "again"))
+        assert said in error_line(to_hf(left, tmp_path / "again"))

@@ -133,11 +133,10 @@ def test_verify_finds_a_planted_error(checkpoint, plant, said, tmp_path, monkeyp
     sound = exporting.export
 
     def faulty(reader, arch, out, *rest):
-        sound(reader, arch, out, *rest)
-        config, weights = json.loads((out / "config.json").read_text()), _weights(out)
+        config, weights = sound(reader, arch, out, *rest), _weights(out)
         plant(config, weights)
-        (out / "config.json").write_text(json.dumps(config))
         save_file(weights, next(out.glob("*.safetensors")), metadata={"format": "pt"})
+        return config
 
     monkeypatch.setattr(exporting, "export", faulty)
     assert said in error_line(to_hf(checkpoint, tmp_path / "hf", "--verify"))
@@ -149,12 +148,13 @@ def test_a_near_tie_of_the_index_is_no_error(checkpoint, tmp_path, monkeypatch):
     sound = exporting.export
 
     def nearly_equal(reader, arch, out, *rest):
-        sound(reader, arch, out, *rest)
+        config = sound(reader, arch, out, *rest)
         path = next(out.glob("*.safetensors"))
         weights = load_file(path)
         weights["model.memory.indexer.k_proj.weight"].mul_(1 + 1e-5)
         weights["model.memory.indexer.k_proj.weight"][0] += 1e-6
         save_file(weights, path, metadata={"format": "pt"})
+        return config
 
     monkeypatch.setattr(exporting, "export", nearly_equal)
     result = to_hf(checkpoint, tmp_path / "hf", "--verify")
