@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_clsa.convert.architecture import read_architecture
 from megatron_clsa.convert.checkpoint import TorchDistReader, find_checkpoint
 from megatron_clsa.convert.export import ExportOptions, export, write_config
+from megatron_clsa.convert.whole_folder import whole_folder
 from megatron_clsa.errors import UserError
 
 
@@ -34,7 +35,21 @@ def as_folder(model: Path, tokenizer: Path | None) -> Iterator[Path]:
         raise UserError(
             f"--model {model} is a checkpoint and its tokenizer {chosen} is gone: give --tokenizer"
         )
-    with tempfile.TemporaryDirectory(prefix="evaluate-") as temporary:
-        config = export(TorchDistReader(folder), arch, Path(temporary), ExportOptions(tokenizer=chosen))
-        write_config(Path(temporary), config)
-        yield Path(temporary)
+    reader = TorchDistReader(folder)
+    with _place(model) as place:
+        with whole_folder(place / "hf", force=False, sources=(folder,)) as temporary:
+            write_config(temporary, export(reader, arch, temporary, ExportOptions(tokenizer=chosen)))
+        yield place / "hf"
+
+
+@contextmanager
+def _place(model: Path) -> Iterator[Path]:
+    """A folder for as long as the block runs."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="evaluate-")
+    except OSError as error:
+        raise UserError(
+            f"--model {model} is exported into a temporary folder first: {error}; give another in TMPDIR"
+        ) from None
+    with made as place:
+        yield Path(place)

@@ -1,5 +1,6 @@
 """A Megatron checkpoint gives the report of the folder exported from it."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -32,8 +33,12 @@ def tokenizer(tmp_path_factory):
     return path
 
 
-def test_a_checkpoint_is_evaluated_as_its_export_is(monkeypatch, tokenizer, text, tmp_path):
-    checkpoint = make(tmp_path / "checkpoint")
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("made") / "checkpoint")
+
+
+def test_a_checkpoint_is_evaluated_as_its_export_is(monkeypatch, checkpoint, tokenizer, text, tmp_path):
     assert to_hf(checkpoint, tmp_path / "hf", "--tokenizer", tokenizer).returncode == 0
     reports = []
     for model in (checkpoint, tmp_path / "hf"):
@@ -43,7 +48,30 @@ def test_a_checkpoint_is_evaluated_as_its_export_is(monkeypatch, tokenizer, text
     assert reports[0] == reports[1]
 
 
-def test_a_checkpoint_without_its_tokenizer_asks_for_one(monkeypatch, text, tmp_path, capsys):
-    checkpoint = make(tmp_path / "checkpoint")
+def _no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _no_place(**_):
+    raise FileNotFoundError("No usable temporary directory found")
+
+
+@pytest.mark.parametrize(
+    "name, fault, said",
+    [
+        ("megatron_clsa.evaluate.checkpoint.export", _no_space, "is full: nothing was written"),
+        ("tempfile.TemporaryDirectory", _no_place, "give another in TMPDIR"),
+    ],
+)
+def test_a_temporary_folder_that_cannot_be_filled(
+    monkeypatch, checkpoint, tokenizer, text, tmp_path, capsys, name, fault, said
+):
+    monkeypatch.setattr(name, fault)
+    given = ["--model", checkpoint, "--tokenizer", tokenizer, "--text", text, "--out", tmp_path / "out"]
+    assert run(monkeypatch, *given, *FLAGS) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_its_tokenizer_asks_for_one(monkeypatch, checkpoint, text, tmp_path, capsys):
     assert run(monkeypatch, "--model", checkpoint, "--text", text, "--out", tmp_path / "out", *FLAGS) == 2
     assert "give --tokenizer" in capsys.readouterr().err.strip().splitlines()[-1]
