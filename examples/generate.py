@@ -47,14 +47,18 @@ def _check(args) -> None:
 
 def _prompt(args) -> str:
     if args.prompt_file is None:
-        text = args.prompt
-    elif str(args.prompt_file) == "-":
-        text = sys.stdin.read()
+        data, where = args.prompt.encode(errors="surrogateescape"), "--prompt"
     else:
+        where = f"--prompt-file {args.prompt_file}"
         try:
-            text = args.prompt_file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from None
+            standard_input = str(args.prompt_file) == "-"
+            data = sys.stdin.buffer.read() if standard_input else args.prompt_file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{where} cannot be read: {error}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start})") from None
     if not text:
         raise UserError("the prompt is empty: give at least one character")
     return text

@@ -3,6 +3,7 @@
 Owns no claim about tokens: tests/hf holds generation to the model.
 """
 
+import io
 import runpy
 import shutil
 import sys
@@ -86,6 +87,27 @@ def test_bad_input_is_one_line_and_exit_2(folder, monkeypatch, capsys, words, sa
     assert generate(monkeypatch, folder, *words) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("error:") and error.count("\n") == 1
+
+
+def test_a_prompt_that_is_not_utf_8_is_one_line_and_exit_2(folder, tmp_path, monkeypatch, capsys):
+    """A terminal's arguments reach Python with their bad bytes as surrogates."""
+    (tmp_path / "prompt.txt").write_bytes(b"a\xff")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), errors="surrogateescape"))
+    for words in (
+        ["--prompt", "a\udcff"],
+        ["--prompt-file", "-"],
+        ["--prompt-file", tmp_path / "prompt.txt"],
+    ):
+        assert generate(monkeypatch, folder, *words, "--device", "cpu") == 2
+        error = capsys.readouterr().err
+        assert f"{words[0]}" in error and "not UTF-8 text (byte 1)" in error and error.count("\n") == 1
+
+
+def test_standard_input_is_a_prompt_too(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfdef read(")))
+    words = ["--prompt-file", "-", "--max-new-tokens", 2, "--device", "cpu"]
+    assert generate(monkeypatch, folder, *words) == 0
+    assert capsys.readouterr().out.startswith("def read(")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, capsys):
