@@ -1,6 +1,6 @@
 """Bad user input: one exception, told as one line and exit code 2. Also how lines of many ranks stay whole.
 
-Owns no checks: each check lives where the value enters.
+Owns one check, of text, which enters in many places; the others live where the value enters.
 """
 
 import argparse
@@ -18,6 +18,17 @@ OTHERS_WAIT = 10.0  # seconds for rank 0 to refuse the same; launch.py and torch
 
 class UserError(ValueError):
     """A value that the user gave cannot be used. The message names the flag or file and the remedy."""
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse what JSON can hold and no tokenizer takes: half of a pair of surrogates, such as "\\ud800"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: character {error.start + 1} is {text[error.start]!r}, half of a pair, which UTF-8 "
+            "cannot write; take it out"
+        ) from None
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_clsa.convert.weights import check_files
-from megatron_clsa.errors import UserError
+from megatron_clsa.errors import UserError, check_text
 from megatron_clsa.hf import CLSAForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,4 +105,5 @@ def _line_text(line: str, key: str, where: str) -> str:
         raise UserError(f"{where}: no key '{key}'; name the text's key with --json-key") from error
     if not isinstance(text, str):
         raise UserError(f"{where}: '{key}' is no string; name the text's key with --json-key")
+    check_text(text, where)
     return text

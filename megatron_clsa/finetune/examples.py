@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_clsa.errors import UserError
+from megatron_clsa.errors import UserError, check_text
 
 IGNORED = -100  # the label that transformers' losses leave out
 ROLES = ("system", "user", "assistant", "tool")
@@ -136,7 +136,18 @@ def _records(path: Path) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{where}: not JSON ({error})") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON {type(record).__name__}, not an object")
+        for text in _strings(record):
+            check_text(text, where)
         yield where, record
+
+
+def _strings(value) -> Iterator[str]:
+    """All that a chat template may render."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 def _check_chat(messages, where: str) -> None:

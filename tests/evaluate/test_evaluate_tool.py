@@ -97,6 +97,14 @@ def test_bad_flag_is_refused_in_one_line(monkeypatch, folder, text, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_half_a_character_in_a_text_is_named_by_its_line(monkeypatch, folder, tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n' + r'{"text": "ab\ud800"}' + "\n")
+    assert run(monkeypatch, "--model", folder, "--text", path, "--out", tmp_path / "out", *FLAGS) == 2
+    refusal = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--text {path}:2: character 3" in refusal and not (tmp_path / "out").exists()
+
+
 def break_config(folder: Path):
     (folder / "config.json").write_text("{")
 

@@ -91,6 +91,8 @@ def test_long_chats_lose_their_end_and_empty_ones_are_left_out(tmp_path, tokeniz
         ({"messages": [{"role": "assistant", "content": "x"}]}, "begins with what it answers"),
         ({"messages": [{"role": "user"}]}, "message 1 needs a 'content'"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot'"),
+        (r'{"text": "a\ud800"}', r"character 2 is '\ud800'"),
+        (r'{"messages": [{"role": "user", "content": "\udc00"}]}', r"character 1 is '\udc00'"),
     ],
 )
 def test_a_bad_record_is_refused_by_its_line(tmp_path, tokenizer, record, named):
