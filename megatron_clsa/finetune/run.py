@@ -65,7 +65,7 @@ def finetune(args) -> None:
             f"{reader.empty} records without a token to learn left out",
             flush=True,
         )
-    trainer.train(resume_from_checkpoint=args.resume or None)
+    trainer.train(resume_from_checkpoint=str(_newest_checkpoint(args.out)) if args.resume else None)
     trainer.save_model(str(args.out))
     if trainer.is_world_process_zero():
         history = [line for line in trainer.state.log_history if "loss" in line]
@@ -128,8 +128,10 @@ def _check(args) -> None:
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{flag} {value}: give a positive number")
-    if args.resume and not any(args.out.glob("checkpoint-*")):
-        raise UserError(f"--resume: {args.out} has no checkpoint-* folder; drop the flag to start anew")
+    if args.resume and _newest_checkpoint(args.out) is None:
+        raise UserError(
+            f"--resume: {args.out} has no complete checkpoint-*; drop the flag and name another --out"
+        )
     if not args.resume and args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
         raise UserError(f"--out {args.out} is not an empty folder; name another one, or --resume")
     if not 0 <= args.seed < 2**32:
@@ -139,13 +141,33 @@ def _check(args) -> None:
         _check_deepspeed(args.deepspeed)
 
 
+def _newest_checkpoint(out: Path) -> Path | None:
+    """The newest whose save was not cut short: the Trainer writes its own state last."""
+    found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    whole = [path for path in found if _is_json(path / "trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
 def _check_deepspeed(path: Path) -> None:
     try:
-        json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"--deepspeed {path}: {error.strerror}; see examples/ds_zero2.json") from error
     except ValueError as error:
         raise UserError(f"--deepspeed {path} is not JSON: {error}") from error
+    zero = content.get("zero_optimization") if isinstance(content, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"--deepspeed {path}: its zero_optimization has no stage 1, 2 or 3; see examples/ds_zero2.json"
+        )
     try:
         import deepspeed  # noqa: F401
     except ImportError:

@@ -123,6 +123,7 @@ def test_zero_3_takes_the_same_steps_also_when_resumed(two_ranks, model, data, t
     assert_equal(tmp_path / "out", two_ranks)
     (tmp_path / "cut").mkdir()
     shutil.move(tmp_path / "out" / "checkpoint-2", tmp_path / "cut")
+    (tmp_path / "cut" / "checkpoint-3").mkdir()  # of a save that was cut short
     run = finetune(model, data, tmp_path / "cut", *words, "--resume")
     assert run.returncode == 0, run.stderr[-3000:]
     assert_equal(tmp_path / "cut", two_ranks)
@@ -135,9 +136,17 @@ def test_two_ranks_refuse_in_one_line_and_with_its_exit_code(model, tmp_path):
     assert said == ["error: --data nowhere: No such file or directory"]
 
 
-def broken_config(folder: Path) -> list:
-    (folder / "bad.json").write_text("{")
-    return ["--deepspeed", folder / "bad.json"]
+def deepspeed(content: str):
+    def write(folder: Path) -> list:
+        (folder / "bad.json").write_text(content)
+        return ["--deepspeed", folder / "bad.json"]
+
+    return write
+
+
+def cut_save(folder: Path) -> list:
+    (folder / "out" / "checkpoint-5").mkdir(parents=True)
+    return ["--resume"]
 
 
 def cut_model(folder: Path) -> list:
@@ -170,11 +179,15 @@ def model_of_another_kind(folder: Path) -> list:
     ("words", "named"),
     [
         (lambda folder: ["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json"),
-        (broken_config, "is not JSON"),
+        (deepspeed("{"), "is not JSON"),
+        (deepspeed("[]"), "no stage 1, 2 or 3"),
+        (deepspeed("{}"), "no stage 1, 2 or 3"),
+        (deepspeed('{"zero_optimization": {"stage": 9}}'), "no stage 1, 2 or 3"),
         (lambda folder: zero(2), "add --nproc-per-node"),
         (lambda folder: ["--max-length", "4096"], "--max-length 4096"),
         (lambda folder: ["--accumulate", "0"], "--accumulate 0"),
-        (lambda folder: ["--resume"], "has no checkpoint-"),
+        (lambda folder: ["--resume"], "has no complete checkpoint-"),
+        (cut_save, "has no complete checkpoint-"),
         (lambda folder: ["--out", folder], "--out"),
         (lambda folder: ["--model", folder], "has no config.json"),
         (lambda folder: ["--data", "nowhere.jsonl"], "--data nowhere.jsonl"),
