@@ -25,7 +25,7 @@ head of {index}, vocabulary {vocab}, {tied} embeddings, at most {positions} posi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 ```
 {training}"""
 

@@ -40,6 +40,14 @@ def test_a_record_that_is_none_leaves_the_table_out(tmp_path, record):
     assert "## Training" not in _card(tmp_path, record)
 
 
+def test_its_code_asks_no_question_on_a_terminal():
+    """Each of them looks into config.json first, whose class is the folder's own."""
+    calls = [
+        line for line in model_card(architecture(Layout()), None).splitlines() if "from_pretrained(" in line
+    ]
+    assert len(calls) == 2 and all("trust_remote_code=True" in line for line in calls)
+
+
 def test_the_front_matter_is_yaml(tmp_path):
     import yaml
 
