@@ -182,9 +182,9 @@ class CLSAMemory(nn.Module):
 
 
 class CLSADecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm residual block; `attention_name` is what its attention is called in the weights."""
+    """Pre-norm residual block; the kinds below add the attention, each under its name in the weights."""
 
-    def __init__(self, config: CLSAConfig, layer_idx: int):
+    def __init__(self, config: CLSAConfig):
         super().__init__()
         self.input_layernorm = CLSARMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = CLSARMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -197,7 +197,7 @@ class CLSADecoderLayer(GradientCheckpointingLayer):
 
 class CLSASelfDecoderLayer(CLSADecoderLayer):
     def __init__(self, config: CLSAConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__(config)
         self.self_attn = CLSASelfAttention(config, layer_idx)
 
     def forward(
@@ -211,7 +211,7 @@ class CLSACrossDecoderLayer(CLSADecoderLayer):
     """Takes whatever needs a gradient by position, so that reentrant checkpointing sees it."""
 
     def __init__(self, config: CLSAConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__(config)
         self.cross_attn = CLSACrossAttention(config, layer_idx)
 
     def forward(
