@@ -5,8 +5,8 @@ set -euo pipefail
 
 usage="usage: bash examples/quickstart.sh [--out DIR]
 
-Makes .venv in the checkout if it is missing (minutes, once), then takes about five minutes on two cores and
-leaves DIR/hf, DIR/metrics.jsonl, DIR/report.json and DIR/loss.png. Default DIR: runs/quickstart in the
+Makes .venv in the checkout if it is missing (minutes, once), then takes about three minutes on two cores
+and leaves DIR/hf, DIR/metrics.jsonl, DIR/report.json and DIR/loss.png. Default DIR: runs/quickstart in the
 checkout. The same command again goes on where it was stopped. Exit codes: 0 all claims shown, 2 bad input,
 75 stopped by a signal and saved, 1 anything else, such as a claim that was not shown."
 

@@ -1,5 +1,6 @@
 """What `examples/quickstart.sh` refuses before it makes an environment or trains. CI runs it whole."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
     finally:
         held.kill()
     assert result.returncode == 2 and "another quickstart is running" in result.stderr
+
+
+def test_help_takes_as_long_as_the_readme():
+    readme = (SCRIPT.parents[1] / "README.md").read_text()
+    took = re.search(r"about (\w+ minutes) on two cores", readme)[1]
+    assert f"about {took} on two cores" in quickstart("--help").stdout
 
 
 def test_help_names_the_files_that_it_leaves():
