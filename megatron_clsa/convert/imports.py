@@ -91,6 +91,10 @@ def check_config(arch: Architecture, path: Path) -> None:
     """Refuse what no model can have, by its name in the `config.json` at `path`."""
     if fault := faulty_field(arch):
         raise UserError(f"{path}: {HF_FIELDS.get(fault[0], fault[0])} {fault[1]}")
+    if arch.rotary_base != int(arch.rotary_base):
+        raise UserError(
+            f"{path}: rope_theta is {arch.rotary_base}; training's --rotary-base is a whole number"
+        )
 
 
 def tokenizer_fields(tokenizer: Path | None) -> dict[str, str]:

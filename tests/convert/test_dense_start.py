@@ -139,6 +139,7 @@ def test_rows_that_the_tokenizer_does_not_reach_are_cut(dense):
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "--ignore-rope-scaling"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "rope_theta is 10000.5"),
         ({"num_hidden_layers": 1}, "--num-self-decoder-layers"),
     ],
 )

@@ -174,6 +174,14 @@ def test_a_dense_model_needs_init_from(copy):
     assert "model_type is llama" in _refused(copy) and "--init-from" in _refused(copy)
 
 
+def test_a_rotary_base_that_training_cannot_take(copy):
+    """model.yaml would have to round it."""
+    path = copy / "config.json"
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | rope))
+    assert "rope_theta is 10000.5" in _refused(copy)
+
+
 def test_a_config_of_another_size_names_the_tensor(copy):
     path = copy / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 62}))
