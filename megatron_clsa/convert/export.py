@@ -66,7 +66,8 @@ def check_tensors(reader: TorchDistReader, arch: Architecture) -> list[Entry]:
                 f"{list(entry.shape)}"
             )
         if reader.dtype(entry.megatron) not in DTYPES:
-            raise UserError(f"{reader.folder}: {entry.megatron} is {reader.dtype(entry.megatron)}, no weight")
+            kind = reader.dtype(entry.megatron)
+            raise UserError(f"{reader.folder}: {entry.megatron} is {kind}, no float; take another checkpoint")
     if shapes:
         raise UserError(f"{reader.folder} holds {min(shapes)}, which a CLSA model does not have")
     return table
