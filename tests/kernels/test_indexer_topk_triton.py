@@ -46,7 +46,7 @@ def test_any_head_dim_and_dtype(dtype, d_idx):
     check(integers(1, 20, d_idx), integers(1, LONG, d_idx, seed=1), last_rows(20, LONG), 16, dtype)
 
 
-@pytest.mark.parametrize("k", [16, 17, 40])
+@pytest.mark.parametrize("k", [16, 40])
 def test_rows_longer_than_the_buffer_are_exact(k):
     check(integers(2, 70, 32), integers(2, 1001, 32, seed=1), last_rows(70, 1001, 2), k)
 
