@@ -69,7 +69,7 @@ def _load(args, device):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from megatron_clsa.convert.weights import check_files
+    from megatron_clsa.convert.weights import check_files, check_loaded
 
     check_files(args.model)
     logging.disable_progress_bar()
@@ -81,8 +81,7 @@ def _load(args, device):
         )
     except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
         raise UserError(f"{args.model} cannot be loaded: {error or type(error).__name__}") from None
-    if lost := sorted(found["missing_keys"]) or sorted(found["mismatched_keys"]):
-        raise UserError(f"{args.model} lacks weights, {len(lost)} of them, such as {lost[0]}")
+    check_loaded(found, args.model)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(f"{args.model}: its tokenizer has {len(tokenizer)} tokens, its model {rows}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_clsa.convert.architecture import Architecture
 from megatron_clsa.convert.shared_heads import Moments
 from megatron_clsa.convert.tokenizer import load_tokenizer
+from megatron_clsa.convert.weights import check_loaded
 from megatron_clsa.errors import UserError
 
 
@@ -58,8 +59,7 @@ class Calibration:
             )
         except Exception as error:  # transformers raises many kinds
             raise UserError(f"{folder} cannot be loaded: {error or type(error).__name__}") from None
-        if lost := sorted(found["missing_keys"]) or sorted(found["mismatched_keys"]):
-            raise UserError(f"{folder} lacks weights, {len(lost)} of them, such as {lost[0]}")
+        check_loaded(found, folder)
         self.model.eval().to(device)
         self.arch, self.device = arch, device
         held_out = max(1, len(tokens) // 8)

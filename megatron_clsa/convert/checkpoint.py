@@ -74,10 +74,7 @@ class TorchDistReader:
         """Hold a file to the manifest, once."""
         if self._records is None or name in self._sound:
             return
-        fault = f"{self.folder / name} was not part of this save"
-        if name in self._records:
-            fault = manifest.file_fault(self.folder, name, self._records[name])
-        if fault:
+        if fault := manifest.listed_fault(self.folder, name, self._records, "save"):
             raise UserError(f"{fault}; take another checkpoint")
         self._sound.add(name)
 

@@ -42,10 +42,7 @@ HF_FIELDS = {
     "add_qkv_bias": "attention_bias",
 }
 
-
 _BUFFERS = (".rotary_emb.inv_freq",)  # older versions of transformers saved it; it follows from the config
-
-
 # Where config.json is silent, the model's own defaults.
 _SILENT = {"cross_attention": "sparse", "indexer_loss_coef": 0.0}
 

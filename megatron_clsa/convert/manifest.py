@@ -119,6 +119,13 @@ def file_fault(folder: Path, name: str, record: FileRecord) -> str | None:
     return None
 
 
+def listed_fault(folder: Path, name: str, records: dict[str, FileRecord], whole: str) -> str | None:
+    """As `file_fault`; a file that the manifest does not list is one, too. `whole`: what it is no part of."""
+    if name not in records:
+        return f"{folder / name} was not part of this {whole}"
+    return file_fault(folder, name, records[name])
+
+
 def steps_in(phase: Path) -> list[int]:
     """Steps that a phase's folder has a folder of, complete or not, newest first."""
     names = [path.name.removeprefix(_PREFIX) for path in phase.glob(_PREFIX + "*") if path.is_dir()]

@@ -32,11 +32,19 @@ def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
         return
     records = manifest.read_manifest(folder)
     for name in records if names is None else names:
-        fault = f"{folder / name} was not part of this export"
-        if name in records:
-            fault = manifest.file_fault(folder, name, records[name])
-        if fault:
+        if fault := manifest.listed_fault(folder, name, records, "export"):
             raise UserError(f"{fault}; export again, or delete {manifest.NAME} if you changed it yourself")
+
+
+def check_loaded(found: dict, where: object) -> None:
+    """Refuse a model that transformers loaded with random numbers in the place of weights.
+
+    Args:
+        found: what `from_pretrained(output_loading_info=True)` tells.
+        where: the folder or the flag that names it, for the message.
+    """
+    if lost := sorted(found["missing_keys"]) or sorted(found["mismatched_keys"]):
+        raise UserError(f"{where} lacks weights, {len(lost)} of them, such as {lost[0]}")
 
 
 class WeightFolder:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_clsa.convert.weights import check_files
+from megatron_clsa.convert.weights import check_files, check_loaded
 from megatron_clsa.errors import UserError, check_text
 from megatron_clsa.hf import CLSAForCausalLM
 
@@ -53,8 +53,7 @@ def open_folder(folder: Path, dtype: str, device: str) -> Subject:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)
     except Exception as error:  # transformers, safetensors and tokenizers raise many kinds
         raise UserError(f"--model {folder} cannot be loaded: {_first_line(error)}") from error
-    if lost := sorted(info["missing_keys"]) or sorted(info["mismatched_keys"]):
-        raise UserError(f"--model {folder} lacks weights, {len(lost)} of them, such as {lost[0]}")
+    check_loaded(info, f"--model {folder}")
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
         raise UserError(
             f"--model {folder}: its tokenizer has {len(tokenizer)} ids, its model "

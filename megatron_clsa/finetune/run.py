@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from megatron_clsa.convert.weights import check_files
+from megatron_clsa.convert.weights import check_files, check_loaded
 from megatron_clsa.errors import UserError
 from megatron_clsa.finetune.examples import Reader, collate
 from megatron_clsa.hf import CLSAConfig, CLSAForCausalLM
@@ -202,8 +202,7 @@ def _load(folder: Path, config: CLSAConfig) -> CLSAForCausalLM:
         )
     except Exception as error:  # transformers and safetensors raise many kinds
         raise _unusable(folder, error) from error
-    if lost := sorted(found["missing_keys"]):
-        raise UserError(f"--model {folder} lacks weights, {len(lost)} of them, such as {lost[0]}")
+    check_loaded(found, f"--model {folder}")
     return model
 
 
