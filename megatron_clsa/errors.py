@@ -1,6 +1,6 @@
 """Bad user input: one exception, told as one line and exit code 2. Also how lines of many ranks stay whole.
 
-Owns one check, of text, which enters in many places; the others live where the value enters.
+Owns one check, of text that JSON brings, which enters in many places; the others live where the value enters.
 """
 
 import argparse
@@ -20,15 +20,22 @@ class UserError(ValueError):
     """A value that the user gave cannot be used. The message names the flag or file and the remedy."""
 
 
-def check_text(text: str, where: str) -> None:
-    """Refuse what JSON can hold and no tokenizer takes: half of a pair of surrogates, such as "\\ud800"."""
+def half_character(text: str) -> int | None:
+    """Where a text has half of a surrogate pair, "\\ud800" or so: JSON can hold it, no tokenizer can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse a text with half of a character, naming its place."""
+    if (at := half_character(text)) is not None:
         raise UserError(
-            f"{where}: character {error.start + 1} is {text[error.start]!r}, half of a pair, which UTF-8 "
+            f"{where}: character {at + 1} is {text[at]!r}, half of a pair, which UTF-8 "
             "cannot write; take it out"
-        ) from None
+        )
 
 
 def say(line: str, stream: TextIO | None = None) -> None:

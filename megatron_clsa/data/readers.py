@@ -4,17 +4,15 @@ Owns finding, cutting and decoding inputs, and what counts as a bad line. Tokens
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from megatron_clsa.errors import UserError
+from megatron_clsa.errors import UserError, half_character
 
 JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _BLOCK = 1 << 20  # bytes read at a time
-_HALF = re.compile("[\ud800-\udfff]")  # no encoding has these; tokenizers end on them
 _PACKED = {".zst": "zstandard", ".parquet": "pyarrow"}
 
 
@@ -195,7 +193,7 @@ def _text_of(line: bytes, key: str, path: Path, where: int) -> str | BadDocument
         return bad(f"no key '{key}' (its keys: {', '.join(record)}); give --json-keys KEY")
     if not isinstance(record[key], str):
         return bad(f"'{key}' is a {type(record[key]).__name__}, not a string")
-    if b"\\u" in line and _HALF.search(record[key]):
+    if b"\\u" in line and half_character(record[key]) is not None:
         return bad(f"'{key}' holds half a character (an unpaired \\ud... escape)")
     return record[key]
 
