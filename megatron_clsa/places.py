@@ -1,9 +1,11 @@
-"""Where a tool runs and where it writes, checked before anything is loaded.
+"""Where a tool runs and where it writes, checked before anything is loaded; how it writes a report.
 
 Owns no computation; for the tools that run a Hugging Face model, and a run's writers.
 """
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_clsa.errors import UserError
@@ -39,3 +41,17 @@ def check_out(out: Path, flag: str = "--out") -> None:
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {out}: {there} cannot be written; give another folder")
+
+
+def write_report(out: Path, name: str, report: object, draw: Callable[[object, Path], None]) -> None:
+    """Write `out/NAME.json`, and by `draw(report, path)` `out/NAME.png`.
+
+    Raises:
+        UserError: if `out` cannot be written; print first what took long.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        draw(report, out / f"{name}.png")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error

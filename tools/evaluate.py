@@ -8,14 +8,13 @@ Writes OUT/evaluation.json and OUT/evaluation.png. Owns the flags; the work is i
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
-from megatron_clsa.places import check_out, chosen_device
+from megatron_clsa.places import check_out, chosen_device, write_report
 
 TASKS = ("perplexity", "needle", "index")
 
@@ -145,12 +144,7 @@ def main() -> None:
     from megatron_clsa.evaluate.picture import draw
 
     print(_summary(report))  # first: what took hours should not be lost to a full disk
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-        draw(report, args.out / "evaluation.png")
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+    write_report(args.out, "evaluation", report, draw)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ sequence. Owns the flags and the picture; the figures are in megatron_clsa/evalu
 """
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_clsa.errors import OneLineParser, UserError, one_line_errors
 from megatron_clsa.evaluate.index_structure import structure
-from megatron_clsa.places import check_out, chosen_device
+from megatron_clsa.places import check_out, chosen_device, write_report
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -142,12 +141,7 @@ def main() -> None:
         print(f"{report['long_rows']} rows, k {report['index_topk']}: shared with the row before "
               f"{overlap.get(1, float('nan')):.3f}, union of 16 / k {union.get(16, float('nan')):.2f}, "
               f"empty blocks {report['empty_blocks']}")  # fmt: skip
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "index.json").write_text(json.dumps(reports, indent=1) + "\n")
-        draw(reports, args.out / "index.png")
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from error
+    write_report(args.out, "index", reports, draw)
 
 
 if __name__ == "__main__":
