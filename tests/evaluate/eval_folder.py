@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_clsa.convert import manifest
 from megatron_clsa.hf import CLSAConfig, CLSAForCausalLM
 
 WINDOW, TOPK = 8, 12
@@ -47,6 +48,14 @@ def write_folder(path: Path, model=None) -> Path:
     (model or tiny_clsa()).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+def seal_and_flip_a_bit(weights: Path) -> None:
+    """Give the folder the manifest of an export, then damage its weights without changing their size."""
+    manifest.seal(weights.parent, {weights.name: manifest.describe(weights)}, {})
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 4
+    weights.write_bytes(content)
 
 
 def some_text(characters: int = 4000) -> str:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_folder import byte_tokenizer, tiny_clsa, write_folder
+from eval_folder import byte_tokenizer, seal_and_flip_a_bit, tiny_clsa, write_folder
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from megatron_clsa.convert import manifest
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 FLAGS = ["--length", "200", "--sequences", "2", "--rows", "5", "--lengths", "700,900", "--samples", "2"]
@@ -123,11 +121,7 @@ def cut_weights(folder: Path):
 
 
 def flip_a_bit_of_an_export(folder: Path):
-    weights = folder / "model.safetensors"
-    manifest.seal(folder, {weights.name: manifest.describe(weights)}, {})
-    content = bytearray(weights.read_bytes())
-    content[-9] ^= 4
-    weights.write_bytes(content)
+    seal_and_flip_a_bit(folder / "model.safetensors")
 
 
 def lose_the_tokenizer(folder: Path):

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_clsa.convert import manifest
 from megatron_clsa.hf import CLSAConfig, CLSAForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1] / "evaluate"))
+from eval_folder import seal_and_flip_a_bit
 
 SCRIPT = str(Path(__file__).parents[2] / "examples" / "generate.py")
 
@@ -119,13 +121,6 @@ def cut(file: Path):
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def flip_a_bit_of_an_export(weights: Path):
-    manifest.seal(weights.parent, {weights.name: manifest.describe(weights)}, {})
-    content = bytearray(weights.read_bytes())
-    content[-9] ^= 4
-    weights.write_bytes(content)
-
-
 def lose_a_weight(file: Path):
     weights = load_file(file)
     del weights["model.norm.weight"]
@@ -136,7 +131,7 @@ def lose_a_weight(file: Path):
     "name, damage, said",
     [
         ("model.safetensors", cut, "cannot be loaded"),
-        ("model.safetensors", flip_a_bit_of_an_export, "its SHA-256 differs"),
+        ("model.safetensors", seal_and_flip_a_bit, "its SHA-256 differs"),
         ("model.safetensors", lose_a_weight, "lacks weights, 1 of them, such as model.norm.weight"),
         ("tokenizer.json", cut, "cannot be loaded"),
         ("tokenizer.json", Path.unlink, "cannot be loaded"),

@@ -18,9 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "evaluate"))
-from eval_folder import write_folder  # noqa: E402
-
-from megatron_clsa.convert import manifest  # noqa: E402
+from eval_folder import seal_and_flip_a_bit, write_folder  # noqa: E402
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 FLAGS = [
@@ -157,12 +155,8 @@ def cut_model(folder: Path) -> list:
 
 
 def flipped_bit(folder: Path) -> list:
-    weights = write_folder(folder / "flipped") / "model.safetensors"
-    manifest.seal(weights.parent, {weights.name: manifest.describe(weights)}, {})
-    content = bytearray(weights.read_bytes())
-    content[-9] ^= 4
-    weights.write_bytes(content)
-    return ["--model", weights.parent]
+    seal_and_flip_a_bit(write_folder(folder / "flipped") / "model.safetensors")
+    return ["--model", folder / "flipped"]
 
 
 def model_of_a_list(folder: Path) -> list:
