@@ -21,19 +21,26 @@ VARIANTS = {
 }
 
 
+def _plan(name):
+    words = ["--config", str(RECIPE), *VARIANTS[name]]
+    return make_plan(load_recipe(RECIPE), parse_command(words), words, ranks=1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_recipe_is_taken(name):
+    assert [run.phase.name for run in _plan(name).runs] == ["dense", "warmup", "sparse"]
+
+
 @pytest.mark.gpu
 @pytest.mark.te
 @pytest.mark.parametrize("name", VARIANTS)
 def test_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, name):
     from megatron_clsa.estimate import memory
 
-    flags = VARIANTS[name]
-    result = distill(tmp_path, *flags, recipe=RECIPE)
+    result = distill(tmp_path, *VARIANTS[name], recipe=RECIPE)
     assert result.returncode == 0, result.stderr[-3000:]
-    words = ["--config", str(RECIPE), *flags]
-    plan = make_plan(load_recipe(RECIPE), parse_command(words), words, ranks=1)
     off = {}
-    for run in plan.runs:
+    for run in _plan(name).runs:
         phase = run.phase.name
         lines = [line for line in metrics(tmp_path) if line["phase"] == phase and "lm_loss" in line]
         measured = max(line["peak_memory_bytes"] for line in lines)
