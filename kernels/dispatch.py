@@ -84,24 +84,31 @@ def window_attention(query, key, value, rows: RowRange, window: int, scale: floa
     return _window.window_attention(query, key, value, rows, window, scale)
 
 
+def _union_plan(index: Tensor | None, plan) -> UnionPlan | None:
+    """The plan, if it is one whose tiles the distillation can walk; masked tiles are no help to it."""
+    return plan if index is not None and isinstance(plan, UnionPlan) else None
+
+
 def attention_kd(
-    query, key, lse, q_idx, k_idx, rows: RowRange, index: Tensor | None, scale: float, index_scale: float
+    query, key, lse, q_idx, k_idx, rows: RowRange, index: Tensor | None, scale, index_scale, plan=None
 ) -> Tensor:
     """`ce [b, sq]`: cross-entropy of the indexer's softmax against each local head's attention, summed.
 
     Without an index both softmaxes run over all visible keys (`lse` of dense attention); with one, over the
-    selected keys (`lse` of sparse attention). Gradient flows to q_idx and k_idx only.
+    selected keys (`lse` of sparse attention), for which a union `plan` of the index saves reading the others.
+    Gradient flows to q_idx and k_idx only.
     """
     _check_queries(rows)
     arguments = query, key, lse, q_idx, k_idx, rows, index, scale, index_scale
     if indexer_kd.supported(query, key, q_idx):
-        return indexer_kd.triton_kd(*arguments)
+        return indexer_kd.triton_kd(*arguments, _union_plan(index, plan))
     return _kd.streaming_kd(*arguments)
 
 
 def attention_kd_sum(
-    query, key, lse, q_idx, k_idx, rows: RowRange, index: Tensor | None, counted: Tensor, scale, index_scale
-) -> Tensor:
+    query, key, lse, q_idx, k_idx, rows: RowRange, index: Tensor | None, counted: Tensor, scale, index_scale,
+    plan=None,
+) -> Tensor:  # fmt: skip
     """Scalar: `attention_kd` summed over the rows `counted [b, sq]` (bool).
 
     Knowing which rows count, the GPU kernels make value and gradients from one sweep instead of two.
@@ -109,7 +116,7 @@ def attention_kd_sum(
     _check_queries(rows)
     if indexer_kd.supported(query, key, q_idx):
         return indexer_kd.triton_kd_sum(
-            query, key, lse, q_idx, k_idx, rows, index, counted, scale, index_scale
+            query, key, lse, q_idx, k_idx, rows, index, counted, scale, index_scale, _union_plan(index, plan)
         )
     rows_ce = _kd.streaming_kd(query, key, lse, q_idx, k_idx, rows, index, scale, index_scale)
     return rows_ce.masked_fill(~counted, 0.0).sum()

@@ -1,7 +1,8 @@
 """The distillation loss of the indexer on GPUs, `full` and `selected`: value, dq_idx and dk_idx in one sweep.
 
-Owns the torch operators and their autograd; tiles and launches are in `kd_launch.py`, kernels in
-`kd_sweep.py`, the meaning in `reference.py`. The gradient of the scores, d = H softmax(I) - sum_h P_h, needs
+Owns the torch operators and their autograd; the meaning is in `reference.py`. Tiles of all pairs are launched
+by `kd_launch.py` (kernels in `kd_sweep.py`); where the index comes with a union plan, its tiles of gathered
+keys by `kd_union_launch.py` (`kd_union.py`). The gradient of the scores, d = H softmax(I) - sum_h P_h, needs
 every head's probabilities, the costly part; so the value and both gradients come from one sweep, in the
 forward pass. dq_idx of a row scales with the row's upstream gradient afterwards, but dk_idx sums over rows:
 `kd_sum` is told the rows' weights and returns the weighted sum, whose upstream gradient is one number;
@@ -13,7 +14,9 @@ Axes: b batch, sq queries, sk keys, h heads, g KV heads, d head dim, di index di
 import torch
 from torch import Tensor
 
+from megatron_clsa.kernels import kd_union_launch
 from megatron_clsa.kernels.kd_launch import LOG2E, Inputs, Sweep, Tiles, default_tiles
+from megatron_clsa.kernels.plan import UnionPlan
 from megatron_clsa.kernels.rows import RowRange
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,16 +39,19 @@ def supported(query: Tensor, key: Tensor, q_idx: Tensor) -> bool:
 
 def run_sweep(
     query, key, lse, q_idx, k_idx, rows: RowRange, index, weight, scale, index_scale, want_dq: bool,
-    tiles: Tiles | None = None,
+    tiles: Tiles | None = None, plan: UnionPlan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """fp32 ce `[b, sq]`, dq `[b, sq, di]` of plain rows, dk `[b, sk, di]` of rows times `weight [b, sq]`.
 
-    dq has no rows unless wanted, dk none without a weight.
+    dq has no rows unless wanted, dk none without a weight. A plan says what an index would.
     """
     lse = (lse.float() * LOG2E).masked_fill(lse == float("-inf"), float("inf")).contiguous()
     query, key, q_idx, k_idx = (x.contiguous() for x in (query, key, q_idx, k_idx))
     rows = RowRange(rows.start.contiguous(), rows.end.contiguous())
     inputs = Inputs(query, key, lse, q_idx, k_idx, rows, index, scale, index_scale)
+    if plan is not None:
+        launch = kd_union_launch.default_launch(query)
+        return kd_union_launch.UnionSweep(inputs, plan, weight, want_dq, launch).run()
     return Sweep(inputs, weight, want_dq, tiles or default_tiles(query, q_idx)).run()
 
 
@@ -65,12 +71,13 @@ def _empty_gradients(q_idx: Tensor, k_idx: Tensor, want_dq: bool, want_dk: bool)
 @torch.library.custom_op("megatron_clsa::kd_sum", mutates_args=())
 def _kd_sum(
     query: Tensor, key: Tensor, lse: Tensor, q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor,
-    index: Tensor | None, weight: Tensor, scale: float, index_scale: float, gradient: bool,
+    index: Tensor | None, plan: list[Tensor], numbers: list[int], weight: Tensor, scale: float,
+    index_scale: float, gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The weighted sum of ce over all rows, and its gradients."""
     ce, dq, dk = run_sweep(
         query, key, lse, q_idx, k_idx, RowRange(start, end), index, weight if gradient else None,
-        scale, index_scale, gradient,
+        scale, index_scale, gradient, plan=_plan(plan, numbers),
     )  # fmt: skip
     if gradient:
         dq.mul_(weight[..., None])
@@ -79,7 +86,7 @@ def _kd_sum(
 
 
 @_kd_sum.register_fake
-def _(query, key, lse, q_idx, k_idx, start, end, index, weight, scale, index_scale, gradient):
+def _(query, key, lse, q_idx, k_idx, start, end, index, plan, numbers, weight, scale, index_scale, gradient):
     total = q_idx.new_empty((), dtype=torch.float32)
     return total, *_empty_gradients(q_idx, k_idx, gradient, gradient)
 
@@ -87,14 +94,16 @@ def _(query, key, lse, q_idx, k_idx, start, end, index, weight, scale, index_sca
 def _save_sum(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], output[2])
-    ctx.dtype = inputs[3].dtype
+    ctx.dtype, ctx.plan = inputs[3].dtype, [None] * len(inputs[8])
 
 
 def _sum_backward(ctx, grad, _dq, _dk):
     dq, dk = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 12
-    return None, None, None, (dq * grad).to(ctx.dtype), (dk * grad).to(ctx.dtype), *([None] * 7)
+    if grad is not None:
+        dq, dk = (dq * grad).to(ctx.dtype), (dk * grad).to(ctx.dtype)
+    else:
+        dq = dk = None
+    return None, None, None, dq, dk, None, None, None, ctx.plan, *([None] * 5)
 
 
 _kd_sum.register_autograd(_sum_backward, setup_context=_save_sum)
@@ -103,16 +112,19 @@ _kd_sum.register_autograd(_sum_backward, setup_context=_save_sum)
 @torch.library.custom_op("megatron_clsa::kd_rows", mutates_args=())
 def _kd_rows(
     query: Tensor, key: Tensor, lse: Tensor, q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor,
-    index: Tensor | None, scale: float, index_scale: float, gradient: bool,
+    index: Tensor | None, plan: list[Tensor], numbers: list[int], scale: float, index_scale: float,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """ce of every row, and its gradient to the row's q_idx."""
-    rows = RowRange(start, end)
-    ce, dq, _ = run_sweep(query, key, lse, q_idx, k_idx, rows, index, None, scale, index_scale, gradient)
+    ce, dq, _ = run_sweep(
+        query, key, lse, q_idx, k_idx, RowRange(start, end), index, None, scale, index_scale, gradient,
+        plan=_plan(plan, numbers),
+    )  # fmt: skip
     return ce, _kept(dq, q_idx.dtype)
 
 
 @_kd_rows.register_fake
-def _(query, key, lse, q_idx, k_idx, start, end, index, scale, index_scale, gradient):
+def _(query, key, lse, q_idx, k_idx, start, end, index, plan, numbers, scale, index_scale, gradient):
     ce = q_idx.new_empty(q_idx.shape[:2], dtype=torch.float32)
     return ce, _empty_gradients(q_idx, k_idx, gradient, False)[0]
 
@@ -120,34 +132,40 @@ def _(query, key, lse, q_idx, k_idx, start, end, index, scale, index_scale, grad
 @torch.library.custom_op("megatron_clsa::kd_keys", mutates_args=())
 def _kd_keys(
     query: Tensor, key: Tensor, lse: Tensor, q_idx: Tensor, k_idx: Tensor, start: Tensor, end: Tensor,
-    index: Tensor | None, weight: Tensor, scale: float, index_scale: float,
+    index: Tensor | None, plan: list[Tensor], numbers: list[int], weight: Tensor, scale: float,
+    index_scale: float,
 ) -> Tensor:  # fmt: skip
     """dk_idx of the sum of ce times `weight [b, sq]`, scaled to 1 meanwhile: fp16 would underflow."""
     largest = weight.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     rows = RowRange(start, end)
     _, _, dk = run_sweep(
-        query, key, lse, q_idx, k_idx, rows, index, weight / largest, scale, index_scale, False
-    )
+        query, key, lse, q_idx, k_idx, rows, index, weight / largest, scale, index_scale, False,
+        plan=_plan(plan, numbers),
+    )  # fmt: skip
     return (dk * largest).to(k_idx.dtype)
 
 
 @_kd_keys.register_fake
-def _(query, key, lse, q_idx, k_idx, start, end, index, weight, scale, index_scale):
+def _(query, key, lse, q_idx, k_idx, start, end, index, plan, numbers, weight, scale, index_scale):
     return torch.empty_like(k_idx, memory_format=torch.contiguous_format)
 
 
 def _save_rows(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    *tensors, ctx.scale, ctx.index_scale, _ = inputs
-    ctx.save_for_backward(output[1], *tensors)
+    *tensors, plan, ctx.numbers, ctx.scale, ctx.index_scale, _ = inputs
+    ctx.save_for_backward(output[1], *tensors, *plan)
 
 
 def _rows_backward(ctx, grad, _dq):
-    if grad is None:
-        return (None,) * 11
     dq, *tensors = ctx.saved_tensors
-    dk = _kd_keys(*tensors, grad.float(), ctx.scale, ctx.index_scale)
-    return None, None, None, (dq * grad[..., None]).to(dk.dtype), dk, *([None] * 6)
+    tensors, plan = tensors[:8], tensors[8:]
+    dk = None
+    if grad is not None:
+        dk = _kd_keys(*tensors, plan, ctx.numbers, grad.float(), ctx.scale, ctx.index_scale)
+        dq = (dq * grad[..., None]).to(dk.dtype)
+    else:
+        dq = None
+    return None, None, None, dq, dk, None, None, None, [None] * len(plan), *([None] * 4)
 
 
 _kd_rows.register_autograd(_rows_backward, setup_context=_save_rows)
@@ -157,18 +175,35 @@ def _needs_gradient(q_idx: Tensor, k_idx: Tensor) -> bool:
     return torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
 
 
+def _arguments(query, key, lse, q_idx, k_idx, rows: RowRange, index, plan: UnionPlan | None):
+    """What all operators begin with. A plan takes the index's place."""
+    tensors, numbers = plan.flat() if plan is not None else ([], [0])  # no empty list of integers: see torch
+    index = None if plan is not None else index
+    detached = query.detach(), key.detach(), lse.detach()
+    return *detached, q_idx, k_idx, rows.start, rows.end, index, tensors, numbers
+
+
+def _plan(tensors: list[Tensor], numbers: list[int]) -> UnionPlan | None:
+    return UnionPlan.of(tensors, numbers) if tensors else None
+
+
 def triton_kd(
-    query, key, lse, q_idx, k_idx, rows: RowRange, index, scale: float, index_scale: float
-) -> Tensor:
-    """`ce [b, sq]` as `streaming_kd.streaming_kd`, differentiable in q_idx and k_idx only."""
-    arguments = query.detach(), key.detach(), lse.detach(), q_idx, k_idx, rows.start, rows.end, index
+    query, key, lse, q_idx, k_idx, rows: RowRange, index, scale: float, index_scale: float,
+    plan: UnionPlan | None = None,
+) -> Tensor:  # fmt: skip
+    """`ce [b, sq]` as `streaming_kd.streaming_kd`, differentiable in q_idx and k_idx only.
+
+    With the `plan` of the index only the keys of its unions are read.
+    """
+    arguments = _arguments(query, key, lse, q_idx, k_idx, rows, index, plan)
     return _kd_rows(*arguments, scale, index_scale, _needs_gradient(q_idx, k_idx))[0]
 
 
 def triton_kd_sum(
-    query, key, lse, q_idx, k_idx, rows: RowRange, index, weight: Tensor, scale: float, index_scale: float
-) -> Tensor:
+    query, key, lse, q_idx, k_idx, rows: RowRange, index, weight: Tensor, scale: float, index_scale: float,
+    plan: UnionPlan | None = None,
+) -> Tensor:  # fmt: skip
     """Sum over rows of `weight [b, sq]` times ce: half the work of `triton_kd` when gradients are asked."""
-    arguments = query.detach(), key.detach(), lse.detach(), q_idx, k_idx, rows.start, rows.end, index
+    arguments = _arguments(query, key, lse, q_idx, k_idx, rows, index, plan)
     gradient = _needs_gradient(q_idx, k_idx)
     return _kd_sum(*arguments, weight.detach().float(), scale, index_scale, gradient)[0]

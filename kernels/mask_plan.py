@@ -57,6 +57,20 @@ class MaskPlan:
         """What attention over this plan costs, in blocks of one query tile and `KEY_BLOCK` keys a KV head."""
         return int(self.key_blocks.offsets[-1])
 
+    def flat(self) -> tuple[list[Tensor], list[int]]:
+        """As an operator takes it, which knows no classes; `of` makes the plan again."""
+        lists = [
+            x
+            for part in (self.key_blocks, self.query_tiles)
+            for x in (part.offsets, part.entries, part.order)
+        ]
+        return [self.words, *lists], [self.queries]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], numbers: list[int]) -> "MaskPlan":
+        """The plan whose `flat` this is."""
+        return cls(numbers[0], tensors[0], LiveBlocks(*tensors[1:4]), LiveBlocks(*tensors[4:]))
+
 
 def mask_queries(group_size: int) -> int:
     """T for `group_size` query heads a KV head."""

@@ -65,6 +65,24 @@ class UnionPlan:
         """p: what attention over this plan costs, in keys loaded a KV head."""
         return self.keys.numel()
 
+    def flat(self) -> tuple[list[Tensor], list[int]]:
+        """As an operator takes it, which knows no classes; `of` makes the plan again."""
+        lists = [x for chunk in self.chunks for x in (chunk.key_offsets, chunk.entries)]
+        bounds = [n for chunk in self.chunks for n in (*chunk.tiles, *chunk.rows)]
+        return [self.keys, self.members, self.offsets, self.order, *lists], [self.queries, *bounds]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], numbers: list[int]) -> "UnionPlan":
+        """The plan whose `flat` this is."""
+        head, lists, bounds = tensors[:4], tensors[4:], numbers[1:]
+        chunks = [
+            KeyGradientChunk((t0, t1), (p0, p1), *by_key)
+            for t0, t1, p0, p1, *by_key in zip(
+                *(bounds[i::4] for i in range(4)), lists[::2], lists[1::2], strict=True
+            )
+        ]
+        return cls(numbers[0], *head, chunks)
+
 
 def queries_of_tile(group_size: int, rows_of_tile: int) -> int:
     """T for `group_size` query heads a KV head: as many whole queries as `rows_of_tile` rows hold."""

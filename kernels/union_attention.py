@@ -1,6 +1,6 @@
 """Sparse attention through a union plan, as a differentiable torch operator.
 
-Owns launches, the operator's registration (fake tensors, autograd) and the shapes it takes. The meaning is
+Owns launches, the two operators and the shapes they take. The meaning is
 `reference.attention` with an index. Axes: b batch, sq queries, sk keys, h query heads, g KV heads, d dim.
 """
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from megatron_clsa.kernels.device import on_hopper
-from megatron_clsa.kernels.plan import BLOCK, KeyGradientChunk, UnionPlan
+from megatron_clsa.kernels.plan import BLOCK, UnionPlan
+from megatron_clsa.kernels.sparse_operator import check_scale, register, rows_contiguous
 from megatron_clsa.kernels.union_backward import row_products, sum_rows, union_backward
 from megatron_clsa.kernels.union_backward_hopper import union_backward_hopper
 from megatron_clsa.kernels.union_forward import union_forward
@@ -52,28 +53,7 @@ def union_attention(query: Tensor, key: Tensor, value: Tensor, plan: UnionPlan, 
         ValueError: `scale` is not positive.
     """
     check_scale(scale)
-    return _attend(query, key, value, *_flat(plan), scale)
-
-
-def check_scale(scale: float) -> None:
-    """Refuse what the running maximum cannot be taken under: it is the largest product times the scale."""
-    if scale <= 0:
-        raise ValueError(f"scale {scale}: sparse attention needs a positive one")
-
-
-def _flat(plan: UnionPlan):
-    """The plan as an operator's arguments: tensors, lists of tensors, integers."""
-    bounds = [n for chunk in plan.chunks for n in (*chunk.tiles, *chunk.rows)]
-    return (
-        plan.keys,
-        plan.members,
-        plan.offsets,
-        plan.order,
-        [chunk.key_offsets for chunk in plan.chunks],
-        [chunk.entries for chunk in plan.chunks],
-        bounds,
-        plan.queries,
-    )
+    return _attend(query, key, value, *plan.flat(), scale)
 
 
 def _constants(query: Tensor, key: Tensor, queries: int) -> dict:
@@ -112,42 +92,23 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 @torch.library.custom_op("megatron_clsa::union_attention", mutates_args=())
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    order: Tensor,
-    key_offsets: list[Tensor],
-    entries: list[Tensor],
-    bounds: list[int],
-    queries: int,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, tensors: list[Tensor], numbers: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
+    plan = UnionPlan.of(tensors, numbers)
+    query, key, value = rows_contiguous(query, key, value)
     b, sq, h, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(b, h, sq, dtype=torch.float32, device=query.device)
-    constants = _constants(query, key, queries)
+    constants = _constants(query, key, plan.queries)
     launch = FORWARD if constants["R"] * constants["D"] <= 64 * 128 else Launch(8, 2)
-    union_forward[(order.numel(), key.shape[2])](
-        query, key, value, keys, members, offsets, order, out, lse, scale, triton.cdiv(sq, queries), sq,
-        *_strides(query, key, value), STAGES=launch.stages, num_warps=launch.warps, **constants,
+    union_forward[(plan.order.numel(), key.shape[2])](
+        query, key, value, plan.keys, plan.members, plan.offsets, plan.order, out, lse, scale,
+        triton.cdiv(sq, plan.queries), sq, *_strides(query, key, value),
+        STAGES=launch.stages, num_warps=launch.warps, **constants,
     )  # fmt: skip
     return out, lse
-
-
-@_attend.register_fake
-def _(query, key, value, keys, members, offsets, order, key_offsets, entries, bounds, queries, scale):
-    b, sq, h, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(b, h, sq, dtype=torch.float32)
 
 
 @torch.library.custom_op("megatron_clsa::union_attention_backward", mutates_args=())
@@ -159,31 +120,21 @@ def _attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    key_offsets: list[Tensor],
-    entries: list[Tensor],
-    bounds: list[int],
-    queries: int,
+    tensors: list[Tensor],
+    numbers: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, query, key, value = (_rows_contiguous(x) for x in (dout, query, key, value))
+    plan = UnionPlan.of(tensors, numbers)
+    dout, query, key, value = rows_contiguous(dout, query, key, value)
     (b, sq, h, d), (_, sk, g, _) = query.shape, key.shape
     delta = torch.empty(b, h, sq, dtype=torch.float32, device=query.device)
     row_products[(b * h, triton.cdiv(sq, 64))](out, dout, delta, sq, h, *_strides(out, dout), D=d, BLOCK=64)
     delta -= dlse  # d lse / d score is the probability itself
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     total = torch.zeros(b, sk, g, 2, d, dtype=torch.float32, device=query.device)
-    constants = _constants(query, key, queries)
-    chunks = [
-        KeyGradientChunk((t0, t1), (p0, p1), *by_key)
-        for t0, t1, p0, p1, *by_key in zip(
-            *(bounds[i::4] for i in range(4)), key_offsets, entries, strict=True
-        )
-    ]
+    constants = _constants(query, key, plan.queries)
     # At least a block: an index that selects nothing would ask for a descriptor of no rows.
-    widest = max(BLOCK, *(chunk.rows[1] - chunk.rows[0] for chunk in chunks))
+    widest = max(BLOCK, *(chunk.rows[1] - chunk.rows[0] for chunk in plan.chunks))
     scratch = torch.empty(widest, g, 2, d, dtype=query.dtype, device=query.device)
     together = math.gcd(g, max(1, _SUM_WIDTH // (2 * d)))  # powers of two: the dims are
     if _on_hopper(query, key, value, dout, rows=constants["R"]):
@@ -193,9 +144,10 @@ def _attend_backward(
         walk, rows = union_backward, scratch
         launch = WALK if constants["R"] * constants["D"] <= 64 * 128 else Launch(8, 1)
         options = {"STAGES": launch.stages, "num_warps": launch.warps}
-    walked = (query, key, value, dout, keys, members, offsets, lse, delta, dquery, rows, scale)
-    shape = (triton.cdiv(sq, queries), sq, *_strides(query, key, value, dout))
-    for chunk in chunks:
+    walk_plan = plan.keys, plan.members, plan.offsets
+    walked = (query, key, value, dout, *walk_plan, lse, delta, dquery, rows, scale)
+    shape = (triton.cdiv(sq, plan.queries), sq, *_strides(query, key, value, dout))
+    for chunk in plan.chunks:
         (t0, t1), (p0, _) = chunk.tiles, chunk.rows
         walk[(t1 - t0, g)](*walked, t1, p0, *shape, **options, **constants)
         sum_rows[(b * sk, g // together)](
@@ -206,28 +158,4 @@ def _attend_backward(
     return dquery, dkey, dvalue
 
 
-@_attend_backward.register_fake
-def _(dout, dlse, out, lse, query, key, value, *plan):
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _keep(ctx, inputs, output):
-    query, key, value, keys, members, offsets, _, key_offsets, entries, *ctx.numbers = inputs
-    out, lse = output
-    ctx.save_for_backward(query, key, value, out, lse, keys, members, offsets, *key_offsets, *entries)
-
-
-def _differentiate(ctx, dout, dlse):
-    query, key, value, out, lse, keys, members, offsets, *lists = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
-    half = len(lists) // 2
-    gradients = _attend_backward(
-        dout, dlse, out, lse, query, key, value, keys, members, offsets, lists[:half], lists[half:],
-        *ctx.numbers,
-    )  # fmt: skip
-    nothing = [None] * half  # torch.library wants a list of tensors answered by a list
-    return (*gradients, *[None] * 4, nothing, nothing, *[None] * 3)
-
-
-_attend.register_autograd(_differentiate, setup_context=_keep)
+register(_attend, _attend_backward)

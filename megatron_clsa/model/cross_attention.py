@@ -137,4 +137,5 @@ class CLSACrossAttention(MegatronModule):
             memory.loss_rows,
             scale,
             self.config.index_head_dim**-0.5,
+            plan=memory.plan if selected else None,
         )

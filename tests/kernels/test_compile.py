@@ -44,19 +44,20 @@ def test_the_index_compiles():
     _in_one_graph(lambda q, k: triton_topk(q, k, case.rows, 7), case.q_idx.bfloat16(), case.k_idx.bfloat16())
 
 
-@pytest.mark.parametrize("index_size", [None, 6])
+@pytest.mark.parametrize("mode", ["full", "selected", "union"])
 @pytest.mark.parametrize("kind", ["rows", "sum"])
-def test_the_distillation_compiles(kind, index_size):
+def test_the_distillation_compiles(kind, mode):
     case = make_case(sq=40, d=16, d_idx=16, device=DEVICE).to(torch.float32)
-    index = random_index(case.rows, 40, index_size) if index_size else None
+    index = None if mode == "full" else random_index(case.rows, 40, 6)
+    plan = build_union_plan(index, case.rows, 40, 8) if mode == "union" else None
     query, key, lse = case.query.detach(), case.key.detach(), torch.full((1, 4, 40), 3.0, device=DEVICE)
     weight = torch.ones(1, 40, device=DEVICE)
 
     def distil(q_idx, k_idx):
         arguments = query, key, lse, q_idx, k_idx, case.rows, index
         if kind == "sum":
-            return indexer_kd.triton_kd_sum(*arguments, weight, case.scale, case.index_scale)
-        return indexer_kd.triton_kd(*arguments, case.scale, case.index_scale)
+            return indexer_kd.triton_kd_sum(*arguments, weight, case.scale, case.index_scale, plan)
+        return indexer_kd.triton_kd(*arguments, case.scale, case.index_scale, plan)
 
     _in_one_graph(distil, case.q_idx, case.k_idx)
 

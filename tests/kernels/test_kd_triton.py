@@ -7,10 +7,12 @@ import pytest
 import torch
 from kernel_cases import make_case, packed_rows, random_index, take_rows, zigzag_positions
 
-from megatron_clsa.kernels import dispatch, indexer_kd, kd_launch, reference
+from megatron_clsa.kernels import dispatch, indexer_kd, kd_launch, kd_union_launch, reference
+from megatron_clsa.kernels import plan as plan_module
 from megatron_clsa.kernels.indexer_kd import triton_kd, triton_kd_sum
 from megatron_clsa.kernels.kd_launch import Tiles
 from megatron_clsa.kernels.kd_selected import mark_selected
+from megatron_clsa.kernels.plan import build_union_plan, queries_of_tile
 from megatron_clsa.kernels.rows import RowRange, causal_rows
 from megatron_clsa.kernels.streaming_attention import streaming_attention
 from megatron_clsa.kernels.streaming_kd import streaming_kd
@@ -27,6 +29,8 @@ def small_tiles(monkeypatch):
         tiles = Tiles(rows=32, keys=16, span=32, gradient_span=64, band=2, stages=1)
         monkeypatch.setattr(indexer_kd, "default_tiles", lambda *tensors: tiles)
         monkeypatch.setattr(kd_launch, "SCRATCH_BYTES", 2 * 96 * 64)
+        launch = kd_union_launch.Launch(keys=32, columns=64, stages=1)
+        monkeypatch.setattr(kd_union_launch, "default_launch", lambda query: launch)
 
 
 def drawn(dtype=torch.float32, index_size=None, **shape):
@@ -48,16 +52,23 @@ def row_weight(case):
     return torch.linspace(0.5, 2, b * sq, device=DEVICE).view(b, sq)
 
 
-def by_rows(case, index, lse, weight, function=triton_kd):
+def union_plan(case, index):
+    """As the model builds it; on a CPU of smaller tiles, so that a problem has several."""
+    group = case.query.shape[2] // case.key.shape[2]
+    queries = queries_of_tile(group, 64 if DEVICE == "cuda" else 32)
+    return build_union_plan(index, case.rows, case.key.shape[1], queries)
+
+
+def by_rows(case, index, lse, weight, plan=None):
     """The weighted sum and its gradients to q_idx and k_idx."""
     arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, index
-    total = (function(*arguments, case.scale, case.index_scale) * weight).sum()
+    total = (triton_kd(*arguments, case.scale, case.index_scale, plan) * weight).sum()
     return total, *torch.autograd.grad(total, (case.q_idx, case.k_idx))
 
 
-def by_sum(case, index, lse, weight):
+def by_sum(case, index, lse, weight, plan=None):
     arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, index, weight
-    total = triton_kd_sum(*arguments, case.scale, case.index_scale)
+    total = triton_kd_sum(*arguments, case.scale, case.index_scale, plan)
     return total, *torch.autograd.grad(total, (case.q_idx, case.k_idx))
 
 
@@ -79,8 +90,9 @@ def check(dtype=torch.float32, **shape):
     case, index, lse = drawn(dtype, **shape)
     weight = row_weight(case)
     expected = exact(case, index, weight)
-    assert_close(by_sum(case, index, lse, weight), expected, TOLERANCE[dtype])
-    assert_close(by_rows(case, index, lse, weight), expected, TOLERANCE[dtype])
+    for plan in [None] if index is None else [None, union_plan(case, index)]:
+        assert_close(by_sum(case, index, lse, weight, plan), expected, TOLERANCE[dtype])
+        assert_close(by_rows(case, index, lse, weight, plan), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("seq", [1, 63, 65, 130])
@@ -89,9 +101,10 @@ def test_any_length(seq, index_size):
     check(b=2, sq=seq, h=5, g=1, rows=packed_rows(2, seq, [70, 31], DEVICE), index_size=index_size)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (5, 1), (8, 1), (6, 2), (16, 1)])
-def test_any_group_size(heads):
-    check(sq=50, h=heads[0], g=heads[1])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (5, 1), (7, 1), (8, 1), (6, 2), (16, 1), (32, 1)])
+@pytest.mark.parametrize("index_size", [None, 12])
+def test_any_group_size(heads, index_size):
+    check(sq=50, h=heads[0], g=heads[1], index_size=index_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -132,30 +145,32 @@ def test_marks_name_the_selected_keys_and_their_tiles():
     assert torch.equal(marks.mask.bool(), chosen) and torch.equal(marks.flags.bool(), tiles)
 
 
-@pytest.mark.parametrize("index_size", [None, 9])
+@pytest.mark.parametrize("mode", ["full", "selected", "union"])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_context_parallel_shards_add_up_to_the_whole(rank, index_size):
+def test_context_parallel_shards_add_up_to_the_whole(rank, mode):
     """A shard's rows have the whole's values; its dk_idx is the part of its rows."""
-    case, index, lse = drawn(sq=128, index_size=index_size)
+    case, index, lse = drawn(sq=128, index_size=None if mode == "full" else 9)
     at = zigzag_positions(128, rank, 4).to(DEVICE)
     weight = torch.zeros(1, 128, device=DEVICE)
     weight[:, at] = 1.0
-    whole = by_sum(case, index, lse, weight)
+    whole = by_sum(case, index, lse, weight, union_plan(case, index) if mode == "union" else None)
     local = make_case(sq=128, device=DEVICE).to(torch.float32)
     local.query, local.q_idx = case.query[:, at], case.q_idx[:, at]
     local.key, local.k_idx, local.rows = case.key, case.k_idx, take_rows(case.rows, at)
     index = None if index is None else index[:, at]
-    part = by_sum(local, index, lse[:, :, at], weight[:, at])
+    plan = union_plan(local, index) if mode == "union" else None
+    part = by_sum(local, index, lse[:, :, at], weight[:, at], plan)
     assert_close(part, (whole[0], whole[1][:, at], whole[2]), 1e-5)
 
 
-@pytest.mark.parametrize("index_size", [None, 8])
-def test_score_gradient_rows_sum_to_zero(index_size):
+@pytest.mark.parametrize("mode", ["full", "selected", "union"])
+def test_score_gradient_rows_sum_to_zero(mode):
     """With one constant feature, d loss / d q_idx is the sum of the row's score gradients: zero."""
-    case, index, lse = drawn(sq=70, d_idx=16, index_size=index_size)
+    case, index, lse = drawn(sq=70, d_idx=16, index_size=None if mode == "full" else 8)
     with torch.no_grad():
         case.k_idx[..., 0] = 1.0
-    dq = by_sum(case, index, lse, row_weight(case))[1]
+    plan = union_plan(case, index) if mode == "union" else None
+    dq = by_sum(case, index, lse, row_weight(case), plan)[1]
     assert dq[..., 0].abs().max() < 2e-5
 
 
@@ -177,10 +192,11 @@ def sweep_arguments(case, lse, weight):
     return *tensors, case.rows, None, weight, case.scale, case.index_scale, True
 
 
-@pytest.mark.parametrize("index_size", [None, 9])
-def test_two_runs_are_bitwise_equal(index_size):
-    case, index, lse = drawn(torch.bfloat16, b=2, sq=100, index_size=index_size)
-    first, second = (by_sum(case, index, lse, row_weight(case)) for _ in range(2))
+@pytest.mark.parametrize("mode", ["full", "selected", "union"])
+def test_two_runs_are_bitwise_equal(mode):
+    case, index, lse = drawn(torch.bfloat16, b=2, sq=100, index_size=None if mode == "full" else 9)
+    plan = union_plan(case, index) if mode == "union" else None
+    first, second = (by_sum(case, index, lse, row_weight(case), plan) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -193,6 +209,34 @@ def test_empty_rows_cost_nothing():
     total, dq, dk = by_sum(case, None, lse, row_weight(case))
     assert torch.isfinite(total) and dq[:, :40].eq(0).all() and dk[:, 69].eq(0).all()
     assert_close((total, dq, dk), exact(case, None, row_weight(case)), 2e-5)
+
+
+def test_keys_outside_the_union_are_not_read():
+    """NaN in keys that nobody selected reaches nothing; their gradient is zero, as that of empty rows."""
+    case, index, _ = drawn(b=2, sq=70, index_size=5, rows=packed_rows(2, 70, [40, 13], DEVICE))
+    index[0, 20:30] = -1
+    lse, weight = float64_lse(case, index), row_weight(case)
+    expected = exact(case, index, weight)
+    chosen = reference.selection_mask(index, case.rows, 70).any(1)
+    chosen[:, 0] = True  # what pads a union reads key 0, and drops it
+    with torch.no_grad():
+        case.key.masked_fill_(~chosen[..., None, None], float("nan"))
+        case.k_idx.masked_fill_(~chosen[..., None], float("nan"))
+    total, dq, dk = by_sum(case, index, lse, weight, union_plan(case, index))
+    assert_close((total, dq, dk), expected, 2e-5)
+    assert dk[~chosen].eq(0).all() and dq[0, 20:30].eq(0).all()
+
+
+def test_chunks_of_a_plan_do_not_change_the_sum(monkeypatch):
+    """Rows of dk_idx are added chunk by chunk, in the plan's order: the same bits."""
+    case, index, lse = drawn(b=2, sq=90, index_size=20, h=4, g=1)
+    whole = by_sum(case, index, lse, row_weight(case), union_plan(case, index))
+    monkeypatch.setattr(plan_module, "CHUNK_ROWS", 128)
+    plan = union_plan(case, index)
+    assert len(plan.chunks) > 3
+    parts = by_sum(case, index, lse, row_weight(case), plan)
+    assert all(torch.equal(a, b) for a, b in zip(whole[:2], parts[:2], strict=True))
+    assert_close((parts[2],), (whole[2].double(),), 2e-6)  # fp32 sums in another grouping
 
 
 def test_left_padding():
@@ -238,36 +282,65 @@ def test_strided_inputs():
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-def test_ops_pass_opcheck(gradient):
+@pytest.mark.parametrize("mode", ["selected", "union"])
+def test_ops_pass_opcheck(gradient, mode):
     case, index, lse = drawn(sq=33, index_size=8)
+    plan, numbers = union_plan(case, index).flat() if mode == "union" else ([], [0])
     tensors = case.query.detach(), case.key.detach(), lse, case.q_idx, case.k_idx
-    tensors = *tensors, case.rows.start, case.rows.end, index
-    scales = case.scale, case.index_scale
+    tensors = *tensors, case.rows.start, case.rows.end, None if plan else index
+    given, scales = (plan, numbers), (case.scale, case.index_scale)
     ops = torch.ops.megatron_clsa
     if not gradient:
         tensors = [x if x is None else x.detach() for x in tensors]
-    torch.library.opcheck(ops.kd_sum.default, (*tensors, row_weight(case), *scales, gradient))
-    torch.library.opcheck(ops.kd_rows.default, (*tensors, *scales, gradient))
+    torch.library.opcheck(ops.kd_sum.default, (*tensors, *given, row_weight(case), *scales, gradient))
+    torch.library.opcheck(ops.kd_rows.default, (*tensors, *given, *scales, gradient))
     detached = [x if x is None else x.detach() for x in tensors]
-    torch.library.opcheck(ops.kd_keys.default, (*detached, row_weight(case), *scales))
+    torch.library.opcheck(ops.kd_keys.default, (*detached, *given, row_weight(case), *scales))
 
 
 @pytest.mark.gpu
 def test_the_dispatcher_takes_triton_on_a_gpu(monkeypatch):
     calls = []
-    monkeypatch.setattr(indexer_kd, "triton_kd", lambda *a: calls.append("rows"))
-    monkeypatch.setattr(indexer_kd, "triton_kd_sum", lambda *a: calls.append("sum"))
-    case, _, lse = drawn(torch.bfloat16, sq=40)
-    arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, None
+    monkeypatch.setattr(indexer_kd, "triton_kd", lambda *a: calls.append(("rows", a[-1])))
+    monkeypatch.setattr(indexer_kd, "triton_kd_sum", lambda *a: calls.append(("sum", a[-1])))
+    case, index, lse = drawn(torch.bfloat16, sq=40, index_size=9)
+    arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, index
     dispatch.attention_kd(*arguments, case.scale, case.index_scale)
-    dispatch.attention_kd_sum(*arguments, case.rows.end >= 0, case.scale, case.index_scale)
-    assert calls == ["rows", "sum"]
+    plans = [dispatch.build_plan(index, case.rows, 40, 2, kernel) for kernel in ("union", "masked")]
+    for plan in plans:
+        dispatch.attention_kd_sum(*arguments, case.rows.end >= 0, case.scale, case.index_scale, plan)
+    assert calls == [("rows", None), ("sum", plans[0]), ("sum", None)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("heads", [(4, 1), (8, 2), (5, 1), (20, 4), (6, 1), (14, 2), (32, 8), (8, 1)])
+def test_the_sweep_for_hopper(dtype, d, heads):
+    """Every group that it serves and the next larger, blocks of 128 and 64 keys, unions that fill none."""
+    rows = packed_rows(2, 700, [411, 150], DEVICE)
+    case, index, lse = drawn(
+        dtype, b=2, sq=700, h=heads[0], g=heads[1], d=d, d_idx=d, rows=rows, index_size=60
+    )
+    plan, weight = union_plan(case, index), row_weight(case)
+    inputs = kd_launch.Inputs(case.query, case.key, lse, case.q_idx, case.k_idx, rows, None, 1.0, 1.0)
+    served = kd_union_launch.hopper_keys(inputs, plan)
+    assert (served is not None) == (heads[0] // heads[1] < 8), served
+    expected = exact(case, index, weight)
+    assert_close(by_sum(case, index, lse, weight, plan), expected, TOLERANCE[dtype])
+    assert_close(by_rows(case, index, lse, weight, plan), expected, TOLERANCE[dtype])
+    with torch.no_grad():
+        value = triton_kd_sum(
+            case.query, case.key, lse, case.q_idx, case.k_idx, rows, index, weight, case.scale,
+            case.index_scale, plan,
+        )  # fmt: skip
+    assert_close((value,), expected[:1], TOLERANCE[dtype])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seq", [8192, 32768, 131072])
-@pytest.mark.parametrize("index_size", [None, 2048])
-def test_long_sequences_equal_float64(seq, index_size):
+@pytest.mark.parametrize("mode", ["full", "selected", "union"])
+def test_long_sequences_equal_float64(seq, mode):
     """20 heads over 4: sampled rows' values and gradients; the errors are printed: run with -rP."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -277,11 +350,13 @@ def test_long_sequences_equal_float64(seq, index_size):
     query, key, q_idx, k_idx = draw(20, 128), draw(4, 128), draw(128), draw(128)
     at = torch.cat([torch.arange(end - 16, end) for end in range(seq // 4, seq + 1, seq // 4)]).to(DEVICE)
     rows = causal_rows(1, seq, DEVICE)
-    index = None
-    if index_size:
-        index = (torch.arange(index_size, device=DEVICE)[None] * 17 + rows.end[0, :, None]) % (seq // 8)
+    index = plan = None
+    if mode != "full":
+        index = (torch.arange(2048, device=DEVICE)[None] * 17 + rows.end[0, :, None]) % (seq // 8)
         index = index.sort(-1).values.int()
         index = torch.where(index > rows.end[0, :, None], -1, index)[None]
+    if mode == "union":
+        plan = build_union_plan(index, rows, seq, queries_of_tile(5, 64))
     lse = torch.full((1, 20, seq), float("-inf"), device=DEVICE)
     sampled = take_rows(rows, at)
     chosen = None if index is None else index[:, at]
@@ -291,7 +366,7 @@ def test_long_sequences_equal_float64(seq, index_size):
     weight = torch.zeros(1, seq, device=DEVICE)
     weight[:, at] = 1.0
     ce, dq, dk = indexer_kd.run_sweep(
-        query, key, lse, q_idx, k_idx, rows, index, weight, 128**-0.5, 128**-0.5, True
+        query, key, lse, q_idx, k_idx, rows, index, weight, 128**-0.5, 128**-0.5, True, plan=plan
     )
     small = q_idx[:, at].double().requires_grad_(), k_idx.double().requires_grad_()
     scales = 128**-0.5, 128**-0.5
@@ -302,5 +377,5 @@ def test_long_sequences_equal_float64(seq, index_size):
         ("dq", dq[:, at], gradients[0]),
         ("dk", dk, gradients[1]),
     ):
-        print(f"{seq} {what}: {(got - want).abs().max():.1e} of {want.abs().max():.1e}")
+        print(f"{seq} {mode} {what}: {(got - want).abs().max():.1e} of {want.abs().max():.1e}")
     assert_close((ce[:, at], dq[:, at], dk), (expected, *gradients), 1.5e-2)

@@ -374,7 +374,7 @@ def test_the_operator_follows_torch_librarys_rules(kernel):
     operator = {"union": union, "masked": masked}[kernel]
     case = make_case(sq=20, h=2, g=1, d=16, device=DEVICE).to(torch.float32)
     plan = BUILD[kernel](random_index(case.rows, 20, 5), case.rows, 20, 8)
-    arguments = (case.query, case.key, case.value, *operator._flat(plan), case.scale)
+    arguments = (case.query, case.key, case.value, *plan.flat(), case.scale)
     torch.library.opcheck(operator._attend, arguments)
 
 

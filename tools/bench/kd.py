@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from bench.harness import Comparison, Settings, family, length_name
+from bench.sparse_index import overlapping_index
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,9 +25,9 @@ def cudnn_forward(query: Tensor, key: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
 
 
-def forward_and_backward(query, key, lse, q_idx, k_idx, rows: RowRange, index, counted) -> None:
+def forward_and_backward(query, key, lse, q_idx, k_idx, rows: RowRange, index, counted, plan=None) -> None:
     scales = HEAD_DIM**-0.5, INDEX_DIM**-0.5
-    total = dispatch.attention_kd_sum(query, key, lse, q_idx, k_idx, rows, index, counted, *scales)
+    total = dispatch.attention_kd_sum(query, key, lse, q_idx, k_idx, rows, index, counted, *scales, plan)
     torch.autograd.grad(total, (q_idx, k_idx))
 
 
@@ -43,6 +44,19 @@ def local_index(rows: RowRange, k: int) -> Tensor:
     return torch.where(position <= rows.end[..., None], position, -1).int()
 
 
+def neighbours_index(rows: RowRange, k: int) -> Tensor:
+    """`[1, s, k]` int32: neighbours share 7/8 of their keys, as where the attention is timed."""
+    return overlapping_index(rows.end.shape[1], k, 8, rows.end.device)
+
+
+MODES = {
+    "full": None,
+    "selected": spread_index,
+    "selected_neighbours": neighbours_index,
+    "selected_local": local_index,
+}
+
+
 @family("kd")
 def kd_cases(settings: Settings) -> Iterator[Comparison]:
     for length in settings.lengths:
@@ -55,17 +69,18 @@ def kd_cases(settings: Settings) -> Iterator[Comparison]:
         # Any number serves as LSE for the clock: the kernels do the same work.
         lse = torch.full((1, HEADS, length), 9.0, device=settings.device)
         counted, pairs = rows.end >= 0, length * (length + 1) / 2
-        for mode, make in (("full", None), ("selected", spread_index), ("selected_local", local_index)):
+        for mode, make in MODES.items():
             index = make(rows, SELECTED) if make else None
+            plan = None if index is None else dispatch.build_plan(index, rows, length, HEADS // KV_HEADS)
             seen = pairs if index is None else float(index.ge(0).sum())
             yield Comparison(
                 metric=f"kd_{mode}_{length_name(length)}_ms",
                 shape=f"s {length}, causal, {HEADS}/{KV_HEADS} heads, d {HEAD_DIM}, d_idx {INDEX_DIM}, "
                 f"{str(settings.dtype)[6:]}, one layer, value and gradients",
-                ours=partial(forward_and_backward, query, key, lse, q_idx, k_idx, rows, index, counted),
+                ours=partial(forward_and_backward, query, key, lse, q_idx, k_idx, rows, index, counted, plan),
                 peers={"cuDNN dense forward": partial(cudnn_forward, query, key)},
                 flops=seen * (2 * HEADS * HEAD_DIM + 6 * INDEX_DIM),
                 bytes=2.0 * (query.nbytes + key.nbytes),
             )
-            del index
+            del index, plan
         del query, key, q_idx, k_idx, rows, lse, counted

@@ -41,10 +41,12 @@ class _Layer:
         out, _ = dispatch.sparse_attention(*self.inputs, self.index, self.rows, SCALE, plan)
         torch.autograd.grad(out, self.inputs, torch.ones_like(out))
 
-    def distil(self, index: Tensor | None, lse: Tensor) -> None:
+    def distil(self, index: Tensor | None, lse: Tensor, plan=None) -> None:
         query, key, _ = (x.detach() for x in self.inputs)
         counted, scales = self.rows.end >= 0, (SCALE, INDEX_DIM**-0.5)
-        loss = dispatch.attention_kd_sum(query, key, lse, *self.vectors, self.rows, index, counted, *scales)
+        loss = dispatch.attention_kd_sum(
+            query, key, lse, *self.vectors, self.rows, index, counted, *scales, plan
+        )
         torch.autograd.grad(loss, self.vectors)
 
     def everything(self) -> None:
@@ -55,7 +57,7 @@ class _Layer:
         out, lse = dispatch.sparse_attention(*self.inputs, index, self.rows, SCALE, plan)
         counted, scales = self.rows.end >= 0, (SCALE, INDEX_DIM**-0.5)
         loss = dispatch.attention_kd_sum(
-            query, key, lse.detach(), *self.vectors, self.rows, index, counted, *scales
+            query, key, lse.detach(), *self.vectors, self.rows, index, counted, *scales, plan
         )
         torch.autograd.grad(
             (out, loss), self.inputs + self.vectors, (torch.ones_like(out), torch.ones_like(loss))
@@ -67,7 +69,7 @@ def _calls(layer: _Layer, lse: Tensor) -> Iterator[tuple[str, Callable[[], objec
     yield "plan", layer.plan
     yield "sparse_attention_fwd_bwd", partial(layer.attend, layer.plan())
     yield "kd_full", partial(layer.distil, None, lse)
-    yield "kd_selected", partial(layer.distil, layer.index, lse)
+    yield "kd_selected", partial(layer.distil, layer.index, lse, layer.plan())
     yield "layer", layer.everything
 
 

@@ -33,7 +33,7 @@ def _index(q_idx, k_idx, rows, k):
     return q_idx.new_zeros(*q_idx.shape[:2], k, dtype=torch.int32)
 
 
-def _distilled(query, key, lse, q_idx, k_idx, rows, index, counted, scale, index_scale):
+def _distilled(query, key, lse, q_idx, k_idx, *rest, **named):
     return (q_idx.sum() + k_idx.sum()).float()
 
 
