@@ -159,15 +159,15 @@ def union_sweep_hopper(
             key = ring.index(step % 3)
             spare = ring.index((step + 2) % 3)
             step += 1
-            score = warpgroup_mma(key, wide.index(g).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            if REST > 0:
-                few = warpgroup_mma(key, tail.index(g).permute((1, 0)), no_few, use_acc=False, is_async=True)
             if g + 2 < KV:
                 _gather(spare, K + (g + 2) * k_h, j, k_s, d)
             elif g + 2 == KV:
                 _gather(spare, KI, j, D, d)
             else:
                 _gather(spare, K, after, k_s, d)
+            score = warpgroup_mma(key, wide.index(g).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            if REST > 0:
+                few = warpgroup_mma(key, tail.index(g).permute((1, 0)), no_few, use_acc=False, is_async=True)
             if g > 0:
                 total += _probabilities(last_score, wide_lse.index(g - 1), scale, 64, SCORES, SUM)
                 if REST > 0:

@@ -92,7 +92,7 @@ class UnionSweep:
         new = {"dtype": torch.float32, "device": self.inputs.query.device}
         product = torch.empty(self.b, self.sq, **new)
         dq = torch.empty(self.b, self.sq if self.want_dq else 0, self.di, **new)
-        dk = torch.zeros(self.b, self.sk if self.weight is not None else 0, self.wide, **new)
+        dk = torch.empty(self.b, self.sk if self.weight is not None else 0, self.wide, **new)
         index_lse = self._index_lse()
         weighted = scratch = None
         if self.weight is not None:
@@ -103,8 +103,9 @@ class UnionSweep:
             self._sweep(chunk, index_lse, weighted, product, dq, scratch)
             if scratch is not None:
                 sum_rows[(self.b * self.sk, 1)](
-                    scratch, chunk.key_offsets, chunk.entries, dk, WIDTH=self.wide, BLOCK=4, num_warps=1
-                )
+                    scratch, chunk.key_offsets, chunk.entries, dk, FIRST=chunk is self.plan.chunks[0],
+                    WIDTH=self.wide, BLOCK=4, num_warps=1,
+                )  # fmt: skip
         empty = index_lse == float("-inf")
         ce = ((self.h * index_lse - product) / LOG2E).masked_fill(empty, 0.0)
         scale = self.inputs.index_scale

@@ -131,7 +131,7 @@ def _attend_backward(
     row_products[(b * h, triton.cdiv(sq, 64))](out, dout, delta, sq, h, *_strides(out, dout), D=d, BLOCK=64)
     delta -= dlse  # d lse / d score is the probability itself
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    total = torch.zeros(b, sk, g, 2, d, dtype=torch.float32, device=query.device)
+    total = torch.empty(b, sk, g, 2, d, dtype=torch.float32, device=query.device)
     constants = _constants(query, key, plan.queries)
     # At least a block: an index that selects nothing would ask for a descriptor of no rows.
     widest = max(BLOCK, *(chunk.rows[1] - chunk.rows[0] for chunk in plan.chunks))
@@ -151,8 +151,8 @@ def _attend_backward(
         (t0, t1), (p0, _) = chunk.tiles, chunk.rows
         walk[(t1 - t0, g)](*walked, t1, p0, *shape, **options, **constants)
         sum_rows[(b * sk, g // together)](
-            scratch, chunk.key_offsets, chunk.entries, total, WIDTH=together * 2 * d, BLOCK=SUM_BLOCK,
-            num_warps=SUM_WARPS,
+            scratch, chunk.key_offsets, chunk.entries, total, FIRST=chunk is plan.chunks[0],
+            WIDTH=together * 2 * d, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS,
         )  # fmt: skip
     dkey, dvalue = (part.to(key.dtype, copy=True) for part in total.unbind(3))
     return dquery, dkey, dvalue

@@ -75,12 +75,15 @@ def row_products(
 
 
 @triton.jit
-def sum_rows(ROWS, KEY_OFFSETS, ENTRIES, SUM, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """`SUM [b * sk, parts, WIDTH] += ` the key's rows of `ROWS [p, parts, WIDTH]`, in its entries' order."""
+def sum_rows(ROWS, KEY_OFFSETS, ENTRIES, SUM, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """`SUM [b * sk, parts, WIDTH] += ` the key's rows of `ROWS [p, parts, WIDTH]`, in its entries' order.
+
+    The `FIRST` of several sums does not read what was there, and writes every key.
+    """
     key, part = tl.program_id(0), tl.program_id(1)
     parts = tl.num_programs(1)
     first, last = tl.load(KEY_OFFSETS + key), tl.load(KEY_OFFSETS + key + 1)
-    if first < last:
+    if FIRST or first < last:
         w, n = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
         acc = tl.zeros([WIDTH], tl.float32)
         for e in tl.range(first, last, BLOCK):
@@ -88,4 +91,6 @@ def sum_rows(ROWS, KEY_OFFSETS, ENTRIES, SUM, WIDTH: tl.constexpr, BLOCK: tl.con
             at = ROWS + (row * parts + part)[:, None] * WIDTH + w[None, :]
             acc += tl.sum(tl.load(at, mask=(e + n < last)[:, None], other=0.0).to(tl.float32), 0)
         to = SUM + (key.to(tl.int64) * parts + part) * WIDTH + w
-        tl.store(to, tl.load(to) + acc)
+        if not FIRST:
+            acc += tl.load(to)
+        tl.store(to, acc)
