@@ -28,9 +28,8 @@ def _tile_queries(tile, tiles, sq, c, T: tl.constexpr):
 def _chosen_keys(KEYS, MEMBERS, p, stop, n):
     """Positions and members of a block of the union; past its end key 0, which nobody selected."""
     inside = p + n < stop
-    return tl.load(KEYS + p + n, mask=inside, other=0).to(tl.int64), tl.load(
-        MEMBERS + p + n, mask=inside, other=0
-    )
+    j = tl.load(KEYS + p + n, mask=inside, other=0).to(tl.int64)
+    return j, tl.load(MEMBERS + p + n, mask=inside, other=0)
 
 
 @triton.jit
@@ -117,24 +116,9 @@ def _all_heads(
         for i in tl.static_range(G // TOGETHER):
             first = g * G + i * TOGETHER
             total += _heads(
-                key,
-                Q,
-                LSE,
-                tile,
-                tiles,
-                sq,
-                first,
-                scale,
-                q_b,
-                q_s,
-                q_h,
-                KV * G,
-                TOGETHER,
-                T,
-                C,
-                HEAD,
+                key, Q, LSE, tile, tiles, sq, first, scale, q_b, q_s, q_h, KV * G, TOGETHER, T, C, HEAD,
                 PRECISION,
-            )
+            )  # fmt: skip
         for bit in tl.static_range(5):
             if G % TOGETHER & (1 << bit):
                 first = g * G + G // TOGETHER * TOGETHER + G % TOGETHER % (1 << bit)
