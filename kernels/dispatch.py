@@ -50,18 +50,18 @@ def dense_attention(query, key, value, rows: RowRange, scale: float) -> tuple[Te
 
 
 def build_plan(
-    index: Tensor, rows: RowRange, num_keys: int, group_size: int, kernel: Kernel = "auto"
+    index: Tensor, rows: RowRange, num_keys: int, group_size: int, kernel: Kernel = "auto", distilled=False
 ) -> UnionPlan | MaskPlan | None:
     """What sparse attention derives from `index [b, sq, k]`, once a microbatch.
 
     `group_size` is the query heads a KV head; `kernel` names the implementation whose plan it is, `auto`
-    takes the one that `sparse_choice` finds faster. None where the plain-torch path serves, which needs
-    nothing.
+    takes the one that `sparse_choice` finds faster, with `attention_kd` over the plan if `distilled`. None
+    where the plain-torch path serves, which needs nothing.
     """
     _check_queries(rows)
     if not index.is_cuda:
         return None
-    return make_plan(index, rows, num_keys, group_size, kernel)
+    return make_plan(index, rows, num_keys, group_size, kernel, distilled)
 
 
 def sparse_attention(

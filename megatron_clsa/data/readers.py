@@ -192,7 +192,7 @@ def _text_of(line: bytes, key: str, path: Path, where: int) -> str | BadDocument
     if key not in record:
         return bad(f"no key '{key}' (its keys: {', '.join(record)}); give --json-keys KEY")
     if not isinstance(record[key], str):
-        return bad(f"'{key}' is a {type(record[key]).__name__}, not a string")
+        return bad(f"'{key}' is of type {type(record[key]).__name__}, not a string")
     if b"\\u" in line and half_character(record[key]) is not None:
         return bad(f"'{key}' holds half a character (an unpaired \\ud... escape)")
     return record[key]

@@ -113,7 +113,8 @@ def gather_memory(
     plan = None
     if mode.cross_attention == "sparse":
         group_size = config.num_attention_heads // config.num_query_groups
-        plan = dispatch.build_plan(index, rows, key.size(1), group_size, config.sparse_attention_kernel)
+        chosen, distilled = config.sparse_attention_kernel, mode.kd_loss == "selected"
+        plan = dispatch.build_plan(index, rows, key.size(1), group_size, chosen, distilled)
     return SharedMemory(key, value, q_idx, k_idx, index, rows, loss_rows, plan), shard
 
 

@@ -1,4 +1,4 @@
-"""The memory asks for the plan of the kernel that the configuration names."""
+"""The memory asks for the plan of the kernel that the configuration names, and says what will read it."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,8 @@ from megatron_clsa.parallel.pipeline import MemoryShard
 
 
 @pytest.mark.parametrize("kernel", ["auto", "union", "masked"])
-def test_the_plan_is_made_for_the_kernel_that_the_flag_names(kernel, monkeypatch):
+@pytest.mark.parametrize("kd_loss", ["off", "full", "selected"])
+def test_the_plan_is_made_for_the_kernel_that_the_flag_names(kernel, kd_loss, monkeypatch):
     asked = []
     monkeypatch.setattr(dispatch, "build_plan", lambda *args: asked.append(args[2:]))
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
@@ -23,5 +24,5 @@ def test_the_plan_is_made_for_the_kernel_that_the_flag_names(kernel, monkeypatch
     )  # fmt: skip
     shard = MemoryShard(torch.randn(16, 1, 32), torch.randn(16, 1, 8), None)
     groups = SimpleNamespace(tp=alone, cp=alone)
-    gather_memory(shard, causal_rows(1, 16), None, ForwardMode("sparse"), config, groups)
-    assert asked == [(16, 3, kernel)]
+    gather_memory(shard, causal_rows(1, 16), None, ForwardMode("sparse", kd_loss), config, groups)
+    assert asked == [(16, 3, kernel, kd_loss == "selected")]

@@ -71,7 +71,9 @@ def kd_cases(settings: Settings) -> Iterator[Comparison]:
         counted, pairs = rows.end >= 0, length * (length + 1) / 2
         for mode, make in MODES.items():
             index = make(rows, SELECTED) if make else None
-            plan = None if index is None else dispatch.build_plan(index, rows, length, HEADS // KV_HEADS)
+            plan = None
+            if make:
+                plan = dispatch.build_plan(index, rows, length, HEADS // KV_HEADS, distilled=True)
             seen = pairs if index is None else float(index.ge(0).sum())
             yield Comparison(
                 metric=f"kd_{mode}_{length_name(length)}_ms",

@@ -35,7 +35,7 @@ class _Layer:
         return dispatch.topk_index(*(x.detach() for x in self.vectors), self.rows, self.k)
 
     def plan(self):
-        return dispatch.build_plan(self.index, self.rows, self.length, HEADS // GROUPS)
+        return dispatch.build_plan(self.index, self.rows, self.length, HEADS // GROUPS, distilled=True)
 
     def attend(self, plan) -> None:
         out, _ = dispatch.sparse_attention(*self.inputs, self.index, self.rows, SCALE, plan)
@@ -53,7 +53,7 @@ class _Layer:
         """One layer of a sparse step: index, plan, attention and its distillation, then the backward pass."""
         query, key, _ = (x.detach() for x in self.inputs)
         index = self.select()
-        plan = dispatch.build_plan(index, self.rows, self.length, HEADS // GROUPS)
+        plan = dispatch.build_plan(index, self.rows, self.length, HEADS // GROUPS, distilled=True)
         out, lse = dispatch.sparse_attention(*self.inputs, index, self.rows, SCALE, plan)
         counted, scales = self.rows.end >= 0, (SCALE, INDEX_DIM**-0.5)
         loss = dispatch.attention_kd_sum(
