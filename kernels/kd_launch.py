@@ -84,6 +84,15 @@ def _tile_ranges(rows: RowRange, row_tile: int, num_keys: int) -> tuple[Tensor, 
     return torch.minimum(low, high).int().contiguous(), high.int().contiguous()
 
 
+def cross_entropy(index_lse: Tensor, product: Tensor, heads: int) -> Tensor:
+    """ce of rows from the log2-sum of exp(I) and the sum of A I, in log2 units; 0 in rows without keys.
+
+    Those have a sum of nothing; a row of NaN scores, whose LSE is -inf too, stays NaN.
+    """
+    empty = (index_lse == float("-inf")) & (product == 0)
+    return ((heads * index_lse - product) / LOG2E).masked_fill(empty, 0.0)
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """Rows `row0 .. row0 + count - 1` of one batch entry: the arguments that every launch takes.
@@ -159,8 +168,7 @@ class Sweep:
                 self._query_gradient(chunk, dq[chunk.batch, rows])
             if self.weight is not None:
                 self._key_gradient(chunk, dk[chunk.batch])
-        empty = index_lse == float("-inf")
-        ce = ((self.h * index_lse - product) / LOG2E).masked_fill(empty, 0.0)
+        ce = cross_entropy(index_lse, product, self.h)
         return ce, dq.mul_(self.inputs.index_scale), dk.mul_(self.inputs.index_scale)
 
     def _chunks(self) -> Iterator[_Chunk]:

@@ -139,7 +139,7 @@ def union_sweep(
 ):  # fmt: skip
     """One tile: sums of A I to `PRODUCT [b, sq]`, `DQ [b, sq, di]`, rows of dk_idx to `ROWS [p - row0, D]`.
 
-    `WEIGHTED [b, sq, di]` is q_idx times the rows' weights. Both gradients lack the index scale.
+    `WEIGHTED [b, sq, di]` is q_idx times the rows' weights and the index scale, which `DQ` lacks.
     """
     tile = tile1 - 1 - tl.program_id(0)  # late queries see the most
     c, n, e = tl.arange(0, C), tl.arange(0, BLOCK), tl.arange(0, D)

@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from megatron_clsa.kernels import kd_union
-from megatron_clsa.kernels.device import on_hopper
-from megatron_clsa.kernels.kd_launch import LOG2E, Inputs
+from megatron_clsa.kernels.device import copied_by_16_bytes, on_hopper
+from megatron_clsa.kernels.kd_launch import LOG2E, Inputs, cross_entropy
 from megatron_clsa.kernels.kd_union_hopper import union_sweep_hopper
 from megatron_clsa.kernels.plan import UnionPlan
 from megatron_clsa.kernels.union_backward import sum_rows
@@ -45,7 +45,7 @@ def hopper_keys(inputs: Inputs, plan: UnionPlan) -> int | None:
     query, key, q_idx = inputs.query, inputs.key, inputs.q_idx
     d, kv = query.shape[3], key.shape[2]
     rest = _REST.get(query.shape[2] // kv)
-    aligned = all(x.data_ptr() % 16 == 0 for x in (query, key, q_idx, inputs.k_idx))
+    aligned = copied_by_16_bytes(query, key, q_idx, inputs.k_idx)
     half = query.dtype in (torch.bfloat16, torch.float16)
     if not (half and on_hopper(query) and aligned and d in (64, 128) and q_idx.shape[2] == d):
         return None
@@ -96,7 +96,9 @@ class UnionSweep:
         index_lse = self._index_lse()
         weighted = scratch = None
         if self.weight is not None:
-            weighted = (self.inputs.q_idx * self.weight[..., None]).to(self.inputs.q_idx.dtype)
+            # With the scale, which is below 1: a row is a sum over queries, and fp16 ends at 65504.
+            weight = (self.weight * self.inputs.index_scale)[..., None]
+            weighted = (self.inputs.q_idx * weight).to(self.inputs.q_idx.dtype)
             rows = max(p1 - p0 for p0, p1 in (chunk.rows for chunk in self.plan.chunks))
             scratch = self.inputs.q_idx.new_empty(rows, self.wide)
         for chunk in self.plan.chunks:
@@ -106,10 +108,8 @@ class UnionSweep:
                     scratch, chunk.key_offsets, chunk.entries, dk, FIRST=chunk is self.plan.chunks[0],
                     WIDTH=self.wide, BLOCK=4, num_warps=1,
                 )  # fmt: skip
-        empty = index_lse == float("-inf")
-        ce = ((self.h * index_lse - product) / LOG2E).masked_fill(empty, 0.0)
-        scale = self.inputs.index_scale
-        return ce, dq.mul_(scale), dk[..., : self.di].mul_(scale)
+        ce = cross_entropy(index_lse, product, self.h)
+        return ce, dq.mul_(self.inputs.index_scale), dk[..., : self.di].contiguous()
 
     def _index_lse(self) -> Tensor:
         """`[b, sq]` log2 of the sum of exp(I) over the selected keys, -inf in empty rows."""

@@ -13,7 +13,7 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from megatron_clsa.kernels.device import on_hopper
+from megatron_clsa.kernels.device import copied_by_16_bytes, on_hopper
 from megatron_clsa.kernels.plan import BLOCK, UnionPlan
 from megatron_clsa.kernels.sparse_operator import check_scale, register, rows_contiguous
 from megatron_clsa.kernels.union_backward import row_products, sum_rows, union_backward
@@ -76,7 +76,7 @@ def _on_hopper(*tensors: Tensor, rows: int) -> bool:
         and first.dtype in (torch.bfloat16, torch.float16)
         and first.shape[3] in (64, 128)
         and rows == 64
-        and all(x.data_ptr() % 16 == 0 and not any(n % 16 for n in x.stride()[:3]) for x in tensors)
+        and copied_by_16_bytes(*tensors)
     )
 
 

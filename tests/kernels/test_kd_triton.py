@@ -227,6 +227,43 @@ def test_keys_outside_the_union_are_not_read():
     assert dk[~chosen].eq(0).all() and dq[0, 20:30].eq(0).all()
 
 
+@pytest.mark.parametrize("index_size", [None, 9])
+def test_scores_of_nan_are_not_taken_for_an_empty_row(index_size):
+    case, index, lse = drawn(sq=40, index_size=index_size)
+    with torch.no_grad():
+        case.q_idx[0, 10] = float("nan")
+    arguments = case.query, case.key, lse, case.q_idx, case.k_idx, case.rows, index
+    for plan in [None] if index is None else [None, union_plan(case, index)]:
+        with torch.no_grad():
+            rows = triton_kd(*arguments, case.scale, case.index_scale, plan)
+        assert rows.isnan().nonzero().tolist() == [[0, 10]]
+
+
+def test_large_rows_of_key_gradients_fit_fp16():
+    """A tile's sum over its queries passes 65504 before the index scale is on it; the gradient does not."""
+    case = make_case(sq=40, h=20, g=4, d=16, d_idx=16, device=DEVICE).to(torch.float16)
+    with torch.no_grad():
+        case.q_idx.fill_(280.0), case.k_idx.zero_(), case.query.fill_(1.0), case.key.fill_(-2.0)
+        case.k_idx[:, 0], case.key[:, 1] = 0.25, 2.0
+    index = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE).repeat(1, 40, 1)
+    index[0, 0, 1] = -1
+    weight, lse = torch.ones(1, 40, device=DEVICE), float64_lse(case, index)
+    plan = build_union_plan(index, case.rows, 40, 12)
+    dk = by_sum(case, index, lse, weight, plan)[2]
+    assert_close((dk,), exact(case, index, weight)[2:], 3e-3)
+
+
+@pytest.mark.parametrize("mode", ["selected", "union"])
+def test_gradients_are_contiguous_whatever_the_index_dim(mode):
+    """As the fake tensors say, on which a compiled graph relies."""
+    case, index, lse = drawn(sq=33, d_idx=48, index_size=8)
+    tensors = [x.detach() for x in (case.query, case.key, lse, case.q_idx, case.k_idx)]
+    plan = union_plan(case, index) if mode == "union" else None
+    scales = case.scale, case.index_scale
+    results = indexer_kd.run_sweep(*tensors, case.rows, index, row_weight(case), *scales, True, plan=plan)
+    assert all(x.is_contiguous() for x in results)
+
+
 def test_chunks_of_a_plan_do_not_change_the_sum(monkeypatch):
     """Rows of dk_idx are added chunk by chunk, in the plan's order: the same bits."""
     case, index, lse = drawn(b=2, sq=40, index_size=20, h=4, g=1)
