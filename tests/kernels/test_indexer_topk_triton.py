@@ -243,6 +243,7 @@ def test_the_dispatcher_takes_triton_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("k", [16, 1000, 2048, 4096])
 @pytest.mark.parametrize("seq", [8192, 32768, 131072])
 def test_long_sequences_equal_chunked_torch(seq, k):
@@ -256,6 +257,7 @@ def test_long_sequences_equal_chunked_torch(seq, k):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("seq", [8192, 32768, 131072])
 def test_random_scores_are_selected_to_float64_rounding(seq):
     """No score left out exceeds a selected one by more than rounding of the fp32 sums; printed with -rP."""

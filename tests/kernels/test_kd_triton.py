@@ -375,6 +375,7 @@ def test_the_sweep_for_hopper(dtype, d, heads):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("seq", [8192, 32768, 131072])
 @pytest.mark.parametrize("mode", ["full", "selected", "union"])
 def test_long_sequences_equal_float64(seq, mode):

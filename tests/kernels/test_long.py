@@ -12,7 +12,7 @@ from megatron_clsa.kernels import cudnn, dispatch, flash
 from megatron_clsa.kernels.rows import causal_rows
 from megatron_clsa.kernels.streaming_attention import streaming_attention
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.large]
 SCALE = 128**-0.5
 IMPLEMENTATIONS = {
     "cudnn": lambda q, k, v, rows: cudnn.cudnn_attention(q, k, v, SCALE),

@@ -86,6 +86,7 @@ def _actual(kernel: str, length: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("length", [8192, 32768, 131072])
 @pytest.mark.parametrize("kernel", ["union", "masked"])
 def test_point_9_long_sequences_equal_float64(kernel, length):
