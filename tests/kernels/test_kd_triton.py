@@ -53,10 +53,9 @@ def row_weight(case):
 
 
 def union_plan(case, index):
-    """As the model builds it; on a CPU of smaller tiles, so that a problem has several."""
+    """As the model builds it."""
     group = case.query.shape[2] // case.key.shape[2]
-    queries = queries_of_tile(group, 64 if DEVICE == "cuda" else 32)
-    return build_union_plan(index, case.rows, case.key.shape[1], queries)
+    return build_union_plan(index, case.rows, case.key.shape[1], queries_of_tile(group, 64))
 
 
 def by_rows(case, index, lse, weight, plan=None):
@@ -95,16 +94,16 @@ def check(dtype=torch.float32, **shape):
         assert_close(by_rows(case, index, lse, weight, plan), expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("seq", [1, 63, 65, 130])
+@pytest.mark.parametrize("seq", [1, 63, 65, 98])
 @pytest.mark.parametrize("index_size", [None, 24])
 def test_any_length(seq, index_size):
-    check(b=2, sq=seq, h=5, g=1, rows=packed_rows(2, seq, [70, 31], DEVICE), index_size=index_size)
+    check(b=2, sq=seq, h=5, g=1, rows=packed_rows(2, seq, [51, 31], DEVICE), index_size=index_size)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (5, 1), (7, 1), (8, 1), (6, 2), (16, 1), (32, 1)])
 @pytest.mark.parametrize("index_size", [None, 12])
 def test_any_group_size(heads, index_size):
-    check(sq=50 if heads[0] < 32 else 18, h=heads[0], g=heads[1], index_size=index_size)
+    check(sq=40 if heads[0] < 32 else 18, h=heads[0], g=heads[1], index_size=index_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -266,7 +265,7 @@ def test_gradients_are_contiguous_whatever_the_index_dim(mode):
 
 def test_chunks_of_a_plan_do_not_change_the_sum(monkeypatch):
     """Rows of dk_idx are added chunk by chunk, in the plan's order: the same bits."""
-    case, index, lse = drawn(b=2, sq=40, index_size=20, h=4, g=1)
+    case, index, lse = drawn(b=2, sq=40, index_size=20, h=8, g=1)
     whole = by_sum(case, index, lse, row_weight(case), union_plan(case, index))
     monkeypatch.setattr(plan_module, "CHUNK_ROWS", 64)
     plan = union_plan(case, index)
