@@ -98,11 +98,9 @@ def _save_sum(ctx, inputs, output):
 
 
 def _sum_backward(ctx, grad, _dq, _dk):
-    dq, dk = ctx.saved_tensors
+    dq = dk = None
     if grad is not None:
-        dq, dk = (dq * grad).to(ctx.dtype), (dk * grad).to(ctx.dtype)
-    else:
-        dq = dk = None
+        dq, dk = ((x * grad).to(ctx.dtype) for x in ctx.saved_tensors)
     return None, None, None, dq, dk, None, None, None, ctx.plan, *([None] * 5)
 
 
@@ -157,14 +155,12 @@ def _save_rows(ctx, inputs, output):
 
 
 def _rows_backward(ctx, grad, _dq):
-    dq, *tensors = ctx.saved_tensors
+    rows_dq, *tensors = ctx.saved_tensors
     tensors, plan = tensors[:8], tensors[8:]
-    dk = None
+    dq = dk = None
     if grad is not None:
         dk = _kd_keys(*tensors, plan, ctx.numbers, grad.float(), ctx.scale, ctx.index_scale)
-        dq = (dq * grad[..., None]).to(dk.dtype)
-    else:
-        dq = None
+        dq = (rows_dq * grad[..., None]).to(dk.dtype)
     return None, None, None, dq, dk, None, None, None, [None] * len(plan), *([None] * 4)
 
 
@@ -177,7 +173,7 @@ def _needs_gradient(q_idx: Tensor, k_idx: Tensor) -> bool:
 
 def _arguments(query, key, lse, q_idx, k_idx, rows: RowRange, index, plan: UnionPlan | None):
     """What all operators begin with. A plan takes the index's place."""
-    tensors, numbers = plan.flat() if plan is not None else ([], [0])  # no empty list of integers: see torch
+    tensors, numbers = plan.flat() if plan is not None else ([], [0])  # torch takes [] for tensors
     index = None if plan is not None else index
     detached = query.detach(), key.detach(), lse.detach()
     return *detached, q_idx, k_idx, rows.start, rows.end, index, tensors, numbers

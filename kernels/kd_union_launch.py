@@ -62,7 +62,7 @@ class UnionSweep:
     """One call: the options that its kernels share, and the walk over the chunks of the plan."""
 
     def __init__(self, inputs: Inputs, plan: UnionPlan, weight: Tensor | None, want_dq: bool, launch: Launch):
-        self.inputs, self.plan, self.weight, self.want_dq, self.launch = inputs, plan, weight, want_dq, launch
+        self.inputs, self.plan, self.weight, self.want_dq = inputs, plan, weight, want_dq
         self.b, self.sq, self.h, d = inputs.query.shape
         self.sk, self.kv = inputs.key.shape[1:3]
         self.di = inputs.q_idx.shape[-1]
@@ -135,7 +135,7 @@ class UnionSweep:
         if self.hopper is None:
             kd_union.union_sweep[(t1 - t0,)](*arguments, **wanted, **self.heads, **self.shared)
         else:
-            options = {name: (self.heads | self.shared)[name] for name in ("KV", "G", "T", "D")}
             union_sweep_hopper[(t1 - t0,)](
-                *arguments, **wanted, **options, BLOCK=self.hopper, num_warps=self.hopper // 16
-            )
+                *arguments, **wanted, KV=self.kv, G=self.h // self.kv, T=plan.queries, D=self.di,
+                BLOCK=self.hopper, num_warps=self.hopper // 16,
+            )  # fmt: skip

@@ -153,10 +153,10 @@ def index_loss(module, query: Tensor, key: Tensor, lse: Tensor, indexer: Tensor,
     index_query, index_key = indexer.split([query.shape[2], key.shape[2]], dim=1)
     query, key, scale = query.transpose(1, 2), key.to(query.dtype).transpose(1, 2), indexer.shape[-1] ** -0.5
     with torch.cuda.device_of(query):
-        index, scales = (chosen.rows, chosen.index), (module.scaling, scale)
         return _kernel("dispatch").attention_kd(
-            query, key, lse, index_query, index_key, *index, *scales, chosen.plan
-        )
+            query, key, lse, index_query, index_key, chosen.rows, chosen.index, module.scaling, scale,
+            chosen.plan,
+        )  # fmt: skip
 
 
 AttentionInterface.register(NAME, attention)

@@ -47,15 +47,17 @@ def test_shared_keys_take_union_tiles_and_scattered_ones_masked_tiles():
     assert choose(random_index(rows, 512, 64), rows, 512, 8) == "masked"
 
 
-def test_distillation_counts_in_the_choice():
-    """The last keys before each row: masked tiles pass over most, which their distillation has to look at."""
+def test_distillation_counts_in_the_choice(monkeypatch):
+    """Masked tiles pass over most keys of some indices, but their distillation has to look at all."""
     rows = causal_rows(1, 512, DEVICE)
-    index = rows.end[..., None] - torch.arange(7, -1, -1, device=DEVICE, dtype=torch.int32)
-    index = torch.where(index < 0, -1, index)
+    index = random_index(rows, 512, 8)
     assert sampled_sizes(index, rows, 512, 8).visible_pairs == 512 * 513 / 2
     sizes = sparse_choice.PlanSizes(union_rows=1000.0, live_blocks=5.0, live_pairs=0.0, visible_pairs=2e6)
     assert sizes.masked_cost(False) < sizes.union_cost(False)
     assert sizes.masked_cost(True) > sizes.union_cost(True)
+    monkeypatch.setattr(sparse_choice, "sampled_sizes", lambda *_: sizes)
+    assert isinstance(make_plan(index, rows, 512, 8), MaskPlan)
+    assert isinstance(make_plan(index, rows, 512, 8, distilled=True), UnionPlan)
 
 
 def test_masks_beyond_the_bound_are_not_made(monkeypatch):
